@@ -1,0 +1,1 @@
+"""Every way out of PyTorch: graphs, runners, parity, speed, report."""

@@ -1,0 +1,1 @@
+"""Recipes and prompts that ship with mskip (data, no code)."""
