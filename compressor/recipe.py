@@ -1,0 +1,330 @@
+"""The recipe: every setting of a run, checked before anything heavy is loaded.
+
+A YAML mapping, one section a concern. Unknown keys are refused and types are strict: "8" is no
+number, 1 no boolean. Numbers follow the paper (arXiv 2410.13184) where the shipped recipe says so.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mskip.compressor.errors import RecipeError
+
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what numpy accepts
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNeg = Annotated[float, Field(ge=0)]
+Layers = Annotated[list[Index], Field(min_length=1, json_schema_extra={"uniqueItems": True})]
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+# The schedules of transformers that need no further argument.
+Scheduler = Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"]
+
+
+def _key(default: Any, description: str, **limits: Any) -> Any:
+    """`Field` with its arguments short enough for one line a key."""
+    return Field(default=default, description=description, **limits)
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSpec(_Spec):
+    """The base model; its weights are never changed."""
+
+    name: str = Field(min_length=1, description='Hub id, folder, or "embedded:smollm2-135m".')
+    revision: str | None = _key(None, "Branch, tag or commit of the hub; null is its default.")
+    dtype: Literal["float32", "bfloat16", "float16"] = _key("float32", "Type of the base weights.")
+    trust_remote_code: bool = _key(False, "Run Python code that comes with the model.")
+
+
+class RoutingSpec(_Spec):
+    """Which sublayers get a router, and how many of their calls are to be executed."""
+
+    granularity: Literal["attention"] = _key("attention", "The sublayer that a router may skip.")
+    layers: Layers | None = _key(None, "Indices, from 0; null goes by last and exclude_last.")
+    last: Count = _key(16, "Number of routed layers, the last ones before exclude_last; >= 1.")
+    exclude_last: Index = _key(1, "Number of layers at the very end left unrouted; >= 0.")
+    capacity: Share = _key(0.5, "Executed share of routed calls, 0..1; skip rate = 1 - capacity.")
+
+    @field_validator("layers")
+    @classmethod
+    def _no_repeats(cls, layers: list[int] | None) -> list[int] | None:
+        if layers is not None and len(set(layers)) < len(layers):
+            raise ValueError("Input should have no repeats")
+        return layers
+
+    def routed_layers(self, num_layers: int) -> list[int]:
+        """Ascending indices of the routed layers in a model of ``num_layers`` decoder layers.
+
+        Raises:
+            RecipeError: `layers`, or `last` with `exclude_last`, does not fit; names the key.
+        """
+        end = num_layers - self.exclude_last
+        layers = sorted(self.layers or range(end - self.last, end))
+        if layers[0] < 0 or layers[-1] >= num_layers:
+            keys = f"routing.last = {self.last}, routing.exclude_last = {self.exclude_last}"
+            keys = f"routing.layers = {self.layers}" if self.layers else keys
+            raise RecipeError(f"{keys}: the model has only {num_layers} layers, counted from 0.")
+        return layers
+
+
+class RouterSpec(_Spec):
+    """The router: one linear map hidden -> 1 on the mean prompt position, then a sigmoid."""
+
+    bias: bool = _key(True, "Give the linear map a bias.")
+    normalize: bool = _key(True, "Standardise the pooled input; folded into weight and bias.")
+    init: Literal["zeros", "sensitivity"] = _key("sensitivity", "All 0, or by effect of skipping.")
+    init_scale: NonNeg = _key(1.0, "First logit of most (+) and least (-) sensitive layer; >= 0.")
+    sensitivity_prompts: Count = _key(16, "Prompts on which sensitivity is measured; >= 1.")
+
+
+class TuningSpec(_Spec):
+    """Router-Tuning: the backbone is frozen, only the routers learn.
+
+    The paper's public code ends at about the same capacity whatever the target: its hinge has
+    weight 0 and sees one sequence at a time. Hence the relaxed gate and the multiplier here.
+    """
+
+    loss: Literal["kl", "lm"] = _key("kl", "Divergence from the dense model, or next-token loss.")
+    kl_temperature: Positive = _key(1.0, "Divides both models' logits in the kl loss; > 0.")
+    relaxation: Literal["concrete", "straight_through"] = _key("concrete", "The gate in training.")
+    temperature: Positive = _key(0.67, "Divides the logit in the gate's relaxation; > 0.")
+    noise_until: Share = _key(0.8, "Share of the steps after which gate noise is zero, 0..1.")
+    constraint: Literal["multiplier", "hinge"] = _key("multiplier", "What holds capacity.")
+    constraint_gain: NonNeg = _key(2.0, "Multiplier per unit of capacity error; >= 0.")
+    constraint_integral: NonNeg = _key(0.1, "The same for the error summed by step; >= 0.")
+    hinge_weight: NonNeg = _key(1.0, "Weight of max(0, capacity - target); >= 0.")
+    epochs: Positive = _key(3.0, "Passes over the tuning data; > 0.")
+    max_steps: int = _key(-1, "Optimiser steps; above 0 it replaces epochs; >= -1.", ge=-1)
+    batch_size: Count = _key(8, "Sequences per forward pass; >= 1.")
+    gradient_accumulation: Count = _key(1, "Forward passes per optimiser step; >= 1.")
+    learning_rate: Positive = _key(1e-3, "Highest learning rate; > 0.")
+    lr_scheduler: Scheduler = _key("cosine", "Course of the learning rate.")
+    warmup_ratio: Share = _key(0.03, "Share of the steps in which the rate rises from 0, 0..1.")
+    weight_decay: NonNeg = _key(0.0, "Weight decay of AdamW; >= 0.")
+    max_grad_norm: Positive = _key(1.0, "Norm to which gradients are clipped; > 0.")
+    max_length: Count = _key(512, "Longest sequence, in tokens; >= 1.")
+    bf16: bool = _key(False, "Tune under bfloat16 autocast.")
+    seed: Seed = _key(0, "Seed of data order and gate noise, 0..2**32 - 1.")
+    save_steps: Count = _key(20, "Optimiser steps between checkpoints; >= 1.")
+    logging_steps: Count = _key(1, "Optimiser steps between log lines; >= 1.")
+
+
+class DataSpec(_Spec):
+    """The sequences to tune on, and those kept apart to calibrate and to evaluate."""
+
+    source: str = _key("embedded:prompts", "Shipped prompts, hub data set or file.", min_length=1)
+    split: str = _key("train", "Split of a hub data set.", min_length=1)
+    max_samples: Count | None = _key(None, "Most sequences to tune on, >= 1; null takes all.")
+    calibration: Count = _key(48, "Sequences kept apart to calibrate tau; >= 1.")
+    held_out: Count = _key(48, "Sequences kept apart to evaluate and validate; >= 1.")
+    answer_tokens: Count = _key(64, "Tokens the dense model answers to a shipped prompt; >= 1.")
+    seed: Seed = _key(0, "Seed of the division into parts, 0..2**32 - 1.")
+
+
+class CalibrationSpec(_Spec):
+    """How tau is found for a capacity."""
+
+    per_layer: bool = _key(False, "One tau a layer in place of one for all.")
+    max_evaluations: Count = _key(40, "Most trials of tau; >= 1.")
+
+
+class EvaluationSpec(_Spec):
+    """How quality is measured."""
+
+    prompts: Count = _key(32, "Held-out prompts to measure on; >= 1.")
+
+
+class ExportSpec(_Spec):
+    """The exported graph."""
+
+    target: Literal["onnx"] = _key("onnx", "Format of the graph.")
+    opset: int = _key(20, "ONNX opset, 18..24.", ge=18, le=24)
+    dtype: Literal["float32"] = _key("float32", "Type of weights and activations.")
+
+
+class ValidationLimits(_Spec):
+    """What an engine has to reach against PyTorch; logits with decisions forced equal."""
+
+    decision_agreement: Share = _key(1.0, "Min share of equal decisions, 0..1.")
+    logits_max_abs: NonNeg = _key(1e-3, "Max absolute difference of logits; >= 0.")
+    logits_max_rel: NonNeg = _key(1e-2, "Max relative difference of logits; >= 0.")
+    token_match: Share = _key(1.0, "Min share of equal greedy tokens, 0..1.")
+    skipped_branch_nodes: Index = _key(0, "Max nodes executed in skipped branches; >= 0.")
+    laziness_ratio: NonNeg = _key(1.05, "Min time forced-execute / forced-skip; >= 0.")
+    batch_invariance_max_abs: NonNeg = _key(1e-3, "Max |logits alone - logits batched|; >= 0.")
+    quality_difference: NonNeg = _key(1e-3, "Max |KL engine - KL torch|, in nats; >= 0.")
+
+
+class ValidationSpec(_Spec):
+    """How an exported engine is proven against PyTorch."""
+
+    prompts: Count = _key(32, "Held-out prompts to compare on; >= 1.")
+    steps: Count = _key(32, "Tokens decoded for each prompt; >= 1.")
+    limits: ValidationLimits = _key(ValidationLimits(), "What the engine has to reach.")
+
+
+class BenchSpec(_Spec):
+    """What is timed: every batch with every context."""
+
+    batches: list[Count] = _key([1, 8], "Batch sizes, in sequences; each >= 1.", min_length=1)
+    contexts: list[Count] = _key([128, 512, 2048], "Prompt tokens; each >= 1.", min_length=1)
+    repeats: Count = _key(7, "Timings of each case; >= 1.")
+    decode_steps: Count = _key(8, "Tokens decoded in one timing; >= 1.")
+    threads: Count | None = _key(None, "CPU threads, >= 1; null leaves them to the engine.")
+
+
+class Recipe(_Spec):
+    """Every setting of a run, from the base model to the benchmark."""
+
+    name: RunName = Field(description="Name of the run folder: a letter or digit, then also . _ -")
+    model: ModelSpec = Field(description="The base model.")
+    routing: RoutingSpec = _key(RoutingSpec(), "What is routed.")
+    router: RouterSpec = _key(RouterSpec(), "What a router is.")
+    tuning: TuningSpec = _key(TuningSpec(), "How the routers learn.")
+    data: DataSpec = _key(DataSpec(), "What they learn from.")
+    calibration: CalibrationSpec = _key(CalibrationSpec(), "How tau is found.")
+    evaluation: EvaluationSpec = _key(EvaluationSpec(), "What quality is measured on.")
+    export: ExportSpec = _key(ExportSpec(), "What is exported.")
+    validation: ValidationSpec = _key(ValidationSpec(), "How the export is proven.")
+    bench: BenchSpec = _key(BenchSpec(), "What is timed.")
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, refusing repeated keys where PyYAML keeps the last in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in seen:
+                raise yaml.MarkedYAMLError(None, None, f"repeated key {key.value}", key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper, quoting what `_Loader` would read as a number."""
+
+
+for _class in (_Loader, _Dumper):  # YAML 1.1, which PyYAML reads, takes 1e-5 for text
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+
+
+def _parse(text: str | bytes, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    # PyYAML lets bare errors out for bad bytes, `!!bool maybe`, 2024-13-45 and deep nesting.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise RecipeError(f"{where}: YAML error{line}: {problem}.") from error
+
+
+def _read(name_or_path: str) -> Any:
+    try:
+        if name_or_path in shipped_recipes():
+            text = (resources.files("mskip.recipes") / f"{name_or_path}.yaml").read_bytes()
+        else:
+            text = Path(name_or_path).read_bytes()
+    except OSError as error:
+        raise RecipeError(
+            f"cannot read recipe '{name_or_path}': {error.strerror}.",
+            f"Give a YAML file, or a shipped recipe: {', '.join(shipped_recipes())}.",
+        ) from error
+    return _parse(text, f"recipe '{name_or_path}'")
+
+
+def _merged(below: Any, above: Any) -> Any:
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
+
+
+def _overridden(tree: Any, override: str) -> Any:
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise RecipeError(f"override '{override}' has no '=': write key.sub=value")
+    value = _parse(text, f"override '{override}'")
+    for key in reversed(path.strip().split(".")):
+        value = {key: value}
+    return _merged(tree, value)
+
+
+def _paths(spec: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in spec.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _paths(field.annotation, f"{prefix}{name}.")
+
+
+def _fault(error: Mapping[str, Any]) -> str:
+    """One pydantic error in one line: dotted path, value, what is allowed."""
+    path = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in error["loc"]).lstrip(".")
+    if error["type"] in ("extra_forbidden", "invalid_key"):
+        near = difflib.get_close_matches(path, _paths(Recipe), n=1)
+        return f"unknown key '{path}'" + (f", did you mean '{near[0]}'?" if near else "")
+    if error["type"] == "missing":
+        return f"'{path}' is missing"
+    allowed = error["msg"].partition("should ")[2].replace("valid string", "string, in quotes")
+    allowed = re.sub(r"valid dictionary or instance of \w+", "mapping of keys", allowed)
+    return f"'{path}' is {reprlib.repr(error['input'])}, it should {allowed}"
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and check it whole.
+
+    Args:
+        name_or_path: a shipped recipe's name, which goes before a file of that name, or a file.
+        overrides: ``key.sub=value``, value in YAML; mappings are merged, the last one wins.
+
+    Raises:
+        RecipeError: unreadable file or YAML; or, one a line, all wrong keys, values, overrides.
+    """
+    tree = _read(name_or_path)
+    if not isinstance(tree, dict):
+        raise RecipeError(f"recipe '{name_or_path}': the top level is not a mapping of keys")
+    faults: list[str] = []
+    for override in overrides:
+        try:
+            tree = _overridden(tree, override)
+        except RecipeError as error:
+            faults.append(error.message)
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        faults += [_fault(dict(each)) for each in error.errors()]
+    if faults:
+        raise RecipeError("\n  ".join([f"recipe '{name_or_path}':", *faults]))
+    return recipe
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with mskip, in alphabetical order."""
+    files = (entry.name for entry in resources.files("mskip.recipes").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML of every value, defaults included, in the models' order; `load_recipe` reads it back."""
+    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a recipe, with every key's meaning, unit and range."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}

@@ -1,0 +1,123 @@
+"""Decisions: how they are taken, carried and applied to one forward call.
+
+A forward call of a patched model carries a *pass* in its keyword argument
+``routing``. Each routed sublayer hands the pass its input and a function that
+executes the sublayer for chosen rows; the pass says what comes out. Nothing
+is stored on the model's modules, so any number of calls can interleave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mskip.compressor.router import Routers
+
+UNDECIDED = -1
+SKIP = 0
+EXECUTE = 1
+
+Execute = Callable[[Tensor | None], Tensor]
+"""Runs the sublayer for the given rows ([n] int64; None means all): [n, sequence, hidden]."""
+
+
+class Pass(Protocol):
+    """What one forward call does at a routed sublayer."""
+
+    def __call__(self, index: int, hidden: Tensor, execute: Execute) -> Tensor:
+        """Output of routed sublayer ``index``, [batch, sequence, hidden].
+
+        Args:
+            index: position of the routed sublayer, 0..routed-1.
+            hidden: the sublayer's input after its norm, [batch, sequence, hidden].
+            execute: runs the sublayer for chosen rows.
+        """
+        ...
+
+
+def execute_rows(hidden: Tensor, gate: Tensor, execute: Execute) -> Tensor:
+    """Run the sublayer for the rows whose gate is open; zeros elsewhere.
+
+    Args:
+        hidden: [batch, sequence, hidden].
+        gate: [batch], bool.
+        execute: runs the sublayer for chosen rows.
+
+    Returns:
+        [batch, sequence, hidden]; a closed row is exactly zero, so the residual
+        stream passes by unchanged.
+    """
+    rows = gate.nonzero().squeeze(1)
+    if rows.numel() == gate.numel():
+        return execute(None)
+    if rows.numel() == 0:
+        execute(rows)
+        return torch.zeros_like(hidden)
+    return torch.zeros_like(hidden).index_copy(0, rows, execute(rows).to(hidden.dtype))
+
+
+class HardPass:
+    """Inference: take the decisions that are still open, execute the open rows only.
+
+    Args:
+        routers: the routers.
+        tau: threshold of each routed sublayer, [routed], float32.
+        prompt_mask: [batch, sequence] over this call's positions, true on prompt positions.
+        decisions: [batch, routed], int8 of UNDECIDED / SKIP / EXECUTE; updated in place.
+        scores: [batch, routed], float32; updated in place where a decision is taken.
+    """
+
+    def __init__(
+        self,
+        routers: Routers,
+        tau: Tensor,
+        prompt_mask: Tensor,
+        decisions: Tensor,
+        scores: Tensor,
+    ) -> None:
+        self.routers = routers
+        self.tau = tau
+        self.prompt_mask = prompt_mask
+        self.decisions = decisions
+        self.scores = scores
+        # One look at the decisions for the whole call: decoding never scores.
+        self.scoring = bool((decisions == UNDECIDED).any())
+
+    def __call__(self, index: int, hidden: Tensor, execute: Execute) -> Tensor:
+        """See `Pass`."""
+        if self.scoring:
+            open_ = self.decisions[:, index] == UNDECIDED
+            score = torch.sigmoid(self.routers.logit(index, hidden, self.prompt_mask))
+            taken = (score >= self.tau[index]).to(torch.int8)
+            self.scores[:, index] = torch.where(open_, score, self.scores[:, index])
+            self.decisions[:, index] = torch.where(open_, taken, self.decisions[:, index])
+        return execute_rows(hidden, self.decisions[:, index] == EXECUTE, execute)
+
+
+def fresh_decisions(batch: int, routed: int) -> tuple[Tensor, Tensor]:
+    """Decisions all UNDECIDED, [batch, routed] int8, and scores all NaN, float32."""
+    return (
+        torch.full((batch, routed), UNDECIDED, dtype=torch.int8),
+        torch.full((batch, routed), float("nan")),
+    )
+
+
+def forced(routing: Tensor) -> Tensor:
+    """Check and convert given decisions.
+
+    Args:
+        routing: [batch, routed] of -1, 0, 1 (or bool).
+
+    Returns:
+        A copy, int8.
+
+    Raises:
+        ValueError: another value is in it.
+    """
+    decisions = routing.to(torch.int8, copy=True)
+    if bool(((decisions < UNDECIDED) | (decisions > EXECUTE)).any()):
+        raise ValueError("routing holds values other than -1 (undecided), 0 (skip), 1 (execute)")
+    return decisions

@@ -1,0 +1,99 @@
+"""Running a causal LM in two parts: below the first routed layer, and from there on.
+
+Routing changes nothing below the first routed layer, so that part runs once,
+without gradients, and serves the teacher, the student and every baseline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mskip.compressor.families import Family, family_of
+from mskip.compressor.routing import Pass
+
+
+@dataclass(frozen=True)
+class Stem:
+    """The residual stream where the first routed layer begins.
+
+    Attributes:
+        hidden: [batch, sequence, hidden], no gradient.
+        arguments: what the model hands every decoder layer (mask, rotary embeddings).
+    """
+
+    hidden: Tensor
+    arguments: dict[str, Any]
+
+
+class _StemReached(Exception):
+    pass
+
+
+class SplitModel:
+    """A supported causal LM with a cut before decoder layer ``first``.
+
+    Args:
+        model: the model.
+        first: the first decoder layer of the upper part.
+
+    Raises:
+        ModelError: unsupported architecture.
+    """
+
+    def __init__(self, model: PreTrainedModel, first: int) -> None:
+        self.model = model
+        self.family: Family = family_of(model)
+        layers = self.family.decoder_layers(model)
+        self._first_layer = layers[first]
+        self._upper = layers[first:]
+        self._norm = model.get_submodule(self.family.final_norm)
+        self._head = model.get_submodule(self.family.head)
+
+    @torch.no_grad()
+    def stem(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Stem:
+        """Run embedding and lower layers; all arguments are [batch, sequence] int64."""
+        found: dict[str, Any] = {}
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found["hidden"] = args[0] if args else kwargs.pop("hidden_states")
+            found["arguments"] = kwargs
+            raise _StemReached
+
+        hook = self._first_layer.register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=False,
+            )
+        except _StemReached:
+            pass
+        finally:
+            hook.remove()
+        return Stem(found["hidden"], found["arguments"])
+
+    def finish(self, stem: Stem, routing: Pass | None = None) -> Tensor:
+        """Run the upper layers and the final norm, [batch, sequence, hidden].
+
+        Args:
+            stem: from `stem`.
+            routing: the pass of the routed sublayers (the model must be
+                patched); None runs them all.
+        """
+        hidden = stem.hidden
+        arguments = stem.arguments if routing is None else {**stem.arguments, "routing": routing}
+        for layer in self._upper:
+            hidden = layer(hidden, **arguments)
+        normed: Tensor = self._norm(hidden)
+        return normed
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Head over final hidden states, [..., hidden] -> [..., vocabulary]."""
+        output: Tensor = self._head(hidden)
+        return output

@@ -1,0 +1,230 @@
+"""Placing the skip in a Hugging Face model, and taking it out again.
+
+`patched` replaces the ``forward`` of the routed attention modules so that a
+*pass* in the keyword argument ``routing`` decides what runs; without a pass
+the model is dense. `attach` adds the bookkeeping that makes ordinary calls and
+``model.generate`` route by themselves. Both restore the model exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from mskip.compressor.cache import RoutedCache, RoutedLayer
+from mskip.compressor.errors import ModelError
+from mskip.compressor.families import family_of
+from mskip.compressor.router import Routers
+from mskip.compressor.routing import HardPass, Pass, forced, fresh_decisions
+
+
+def take_rows(value: Any, rows: Tensor, batch: int) -> Any:
+    """Rows of every per-sequence tensor in ``value``; what all sequences share stays whole.
+
+    A tensor is per-sequence where it has two dimensions or more and its first
+    is the batch: masks [batch, 1, query, key], cos and sin [batch, sequence, dim].
+    """
+    if isinstance(value, Tensor):
+        per_sequence = value.ndim >= 2 and value.shape[0] == batch
+        return value.index_select(0, rows) if per_sequence else value
+    if isinstance(value, tuple | list):
+        return type(value)(take_rows(item, rows, batch) for item in value)
+    return value
+
+
+def _routed_forward(
+    attention: nn.Module, index: int, layer: int, dense: Callable[..., Any]
+) -> Callable[..., Any]:
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        routing: Pass | None = kwargs.pop("routing", None)
+        if routing is None:
+            return dense(hidden_states, *args, **kwargs)
+        batch, positions = hidden_states.shape[:2]
+        cache = kwargs.get("past_key_values")
+
+        def execute(rows: Tensor | None) -> Tensor:
+            if rows is None:
+                output: Tensor = dense(hidden_states, *args, **kwargs)[0]
+                return output
+            if rows.numel() == 0:
+                if cache is not None:
+                    routed_layer = cache.layers[layer]
+                    assert isinstance(routed_layer, RoutedLayer)
+                    routed_layer.skip(positions)
+                return hidden_states[:0]
+            some = {key: take_rows(value, rows, batch) for key, value in kwargs.items()}
+            output = dense(hidden_states.index_select(0, rows), *args, **some)[0]
+            return output
+
+        return routing(index, hidden_states, execute), None
+
+    return forward
+
+
+class Patch:
+    """The routed layers of a model, patched; `restore` takes the patch out.
+
+    Args:
+        model: a supported causal LM.
+        layers: decoder layer index of each routed sublayer.
+
+    Raises:
+        ModelError: unsupported architecture, a layer out of range, or a model
+            that is patched already.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: list[int]) -> None:
+        family = family_of(model)
+        count = len(family.decoder_layers(model))
+        if bad := [layer for layer in layers if not 0 <= layer < count]:
+            raise ModelError(f"layers {bad} do not exist: the model has layers 0..{count - 1}.")
+        self._saved: list[tuple[nn.Module, Any]] = []
+        for index, layer in enumerate(layers):
+            attention = family.attention_of(model, layer)
+            previous = attention.__dict__.get("forward")
+            if getattr(previous, "__module__", None) == __name__:
+                self.restore()
+                raise ModelError("this model has routers attached already; detach them first.")
+            self._saved.append((attention, previous))
+            attention.forward = _routed_forward(attention, index, layer, attention.forward)
+
+    def restore(self) -> None:
+        """Put every ``forward`` back as it was."""
+        for attention, previous in reversed(self._saved):
+            if previous is None:
+                del attention.forward
+            else:
+                attention.forward = previous
+        self._saved.clear()
+
+
+@contextmanager
+def patched(model: PreTrainedModel, layers: list[int]) -> Iterator[None]:
+    """Patch the routed layers for the duration of the block."""
+    patch = Patch(model, layers)
+    try:
+        yield
+    finally:
+        patch.restore()
+
+
+def as_tau(tau: float | Tensor | list[float], routed: int) -> Tensor:
+    """One threshold per routed sublayer, [routed], float32, from one number or ``routed`` numbers."""
+    values = torch.as_tensor(tau, dtype=torch.float32)
+    return values.expand(routed).clone() if values.ndim == 0 else values.reshape(routed).clone()
+
+
+class MindSkip:
+    """A model with its routers attached: ordinary calls and ``generate`` skip.
+
+    Every call without ``past_key_values`` decides anew; a call with the
+    `RoutedCache` that an earlier call returned keeps that call's decisions.
+    Two more keyword arguments are understood by the attached model:
+    ``prompt_mask`` ([batch, sequence] bool) where the call's positions hold an
+    answer too, and ``routing`` (a pass) to take full control.
+
+    Args:
+        model: a supported causal LM.
+        routers: its routers.
+        tau: one threshold, or one per routed sublayer.
+
+    Raises:
+        ModelError: see `Patch`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, routers: Routers, tau: float | Tensor | list[float] = 0.5
+    ) -> None:
+        self.model = model
+        self.routers = routers.to(model.device)
+        self.tau = as_tau(tau, len(routers.layers)).to(model.device)
+        self._patch = Patch(model, routers.layers)
+        self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def detach(self) -> None:
+        """Take routers and patches out; the model is bitwise what it was."""
+        self._hook.remove()
+        self._patch.restore()
+
+    def __enter__(self) -> MindSkip:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def cache(self, routing: Tensor | None = None) -> RoutedCache:
+        """An empty cache; with ``routing`` ([batch, routed] of -1, 0, 1) its decisions are given."""
+        cache = RoutedCache(self.model.config, self.routers.layers)
+        if routing is not None:
+            cache.open(len(routing), self.model.device, forced(routing))
+        return cache
+
+    def hard_pass(self, prompt_mask: Tensor, routing: Tensor | None = None) -> HardPass:
+        """A pass for one call without a cache; its ``decisions`` hold the outcome afterwards.
+
+        Args:
+            prompt_mask: [batch, sequence], true on prompt positions.
+            routing: given decisions, [batch, routed] of -1, 0, 1.
+        """
+        decisions, scores = fresh_decisions(len(prompt_mask), len(self.routers.layers))
+        if routing is not None:
+            decisions = forced(routing)
+        device = prompt_mask.device
+        return HardPass(
+            self.routers, self.tau, prompt_mask, decisions.to(device), scores.to(device)
+        )
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if "routing" in kwargs:
+            return args, kwargs
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if tokens is None:
+            tokens = kwargs["inputs_embeds"]
+        batch, positions = tokens.shape[:2]
+        mask = kwargs.pop("prompt_mask", None)
+        if mask is None:
+            mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(batch, positions, dtype=torch.bool, device=tokens.device)
+        if mask.ndim != 2:
+            raise ModelError(
+                "a routed model needs the two-dimensional attention mask "
+                "([batch, past + sequence], 1 on real tokens): padding must stay out of the scores."
+            )
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            use_cache = kwargs.get("use_cache")
+            if use_cache is None:
+                use_cache = self.model.config.use_cache
+            cache = self.cache() if use_cache else None
+        elif not isinstance(cache, RoutedCache):
+            cache = self._replace(cache)
+        kwargs["past_key_values"] = cache
+        prompt_mask = mask[:, -positions:].bool()
+        if cache is None:
+            kwargs["routing"] = self.hard_pass(prompt_mask)
+        else:
+            cache.open(batch, tokens.device)
+            assert cache.decisions is not None and cache.scores is not None
+            kwargs["routing"] = HardPass(
+                self.routers, self.tau, prompt_mask, cache.decisions, cache.scores
+            )
+        return args, kwargs
+
+    def _replace(self, cache: Cache) -> RoutedCache:
+        # `generate` brings an empty DynamicCache of its own and goes on with
+        # whatever cache the model returns.
+        if cache.get_seq_length() > 0 or getattr(cache, "is_compileable", False):
+            raise ModelError(
+                f"a {type(cache).__name__} cannot carry routing decisions.",
+                "Use the cache that the attached model returns, or MindSkip.cache().",
+            )
+        return self.cache()
