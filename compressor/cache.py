@@ -47,7 +47,7 @@ class RoutedLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last positions; ``tokens_to_remove`` is not positive, as in the base class."""
         super().crop(tokens_to_remove)
-        self.seen -= abs(tokens_to_remove)
+        self.seen = max(0, self.seen - abs(tokens_to_remove))
 
     def reset(self) -> None:
         """Forget everything."""
@@ -106,7 +106,8 @@ class RoutedCache(DynamicCache):
         self.scores = None
 
     def _select(self, rows: Tensor) -> None:
-        assert self.decisions is not None and self.scores is not None
+        assert self.decisions is not None
+        assert self.scores is not None
         rows = rows.to(self.decisions.device)
         for index, layer in enumerate(self.routed_layers):
             executing = self.decisions[:, index] == EXECUTE

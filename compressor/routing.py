@@ -68,6 +68,9 @@ class HardPass:
         prompt_mask: [batch, sequence] over this call's positions, true on prompt positions.
         decisions: [batch, routed], int8 of UNDECIDED / SKIP / EXECUTE; updated in place.
         scores: [batch, routed], float32; updated in place where a decision is taken.
+
+    Raises:
+        ValueError: the decisions are not those of this batch and these routers.
     """
 
     def __init__(
@@ -83,6 +86,12 @@ class HardPass:
         self.prompt_mask = prompt_mask
         self.decisions = decisions
         self.scores = scores
+        expected = (len(prompt_mask), len(routers.layers))
+        if decisions.shape != expected:
+            raise ValueError(
+                f"decisions have shape {tuple(decisions.shape)}; this call has "
+                f"{expected[0]} sequences and {expected[1]} routed sublayers"
+            )
         # One look at the decisions for the whole call: decoding never scores.
         self.scoring = bool((decisions == UNDECIDED).any())
 
@@ -95,6 +104,21 @@ class HardPass:
             self.scores[:, index] = torch.where(open_, score, self.scores[:, index])
             self.decisions[:, index] = torch.where(open_, taken, self.decisions[:, index])
         return execute_rows(hidden, self.decisions[:, index] == EXECUTE, execute)
+
+
+class ForcedPass:
+    """Execute as told: baselines, and logits compared with decisions forced equal.
+
+    Args:
+        gates: [batch, routed], bool; [1, routed] holds for every sequence.
+    """
+
+    def __init__(self, gates: Tensor) -> None:
+        self.gates = gates
+
+    def __call__(self, index: int, hidden: Tensor, execute: Execute) -> Tensor:
+        """See `Pass`."""
+        return execute_rows(hidden, self.gates[:, index].expand(hidden.shape[0]), execute)
 
 
 def fresh_decisions(batch: int, routed: int) -> tuple[Tensor, Tensor]:

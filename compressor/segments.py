@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from mskip.compressor.families import Family, family_of
 from mskip.compressor.routing import Pass
+from mskip.compressor.skipping import take_rows
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,13 @@ class Stem:
 
     hidden: Tensor
     arguments: dict[str, Any]
+
+    def rows(self, rows: list[int]) -> Stem:
+        """The stem of some of the sequences."""
+        index = torch.tensor(rows, device=self.hidden.device)
+        batch = self.hidden.shape[0]
+        arguments = {k: take_rows(v, index, batch) for k, v in self.arguments.items()}
+        return Stem(self.hidden.index_select(0, index), arguments)
 
 
 class _StemReached(Exception):
@@ -50,6 +58,7 @@ class SplitModel:
         self.family: Family = family_of(model)
         layers = self.family.decoder_layers(model)
         self._first_layer = layers[first]
+        self._lowest_layer = layers[0]
         self._upper = layers[first:]
         self._norm = model.get_submodule(self.family.final_norm)
         self._head = model.get_submodule(self.family.head)
@@ -57,6 +66,18 @@ class SplitModel:
     @torch.no_grad()
     def stem(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Stem:
         """Run embedding and lower layers; all arguments are [batch, sequence] int64."""
+        return self._until(self._first_layer, input_ids, attention_mask, position_ids)
+
+    @torch.no_grad()
+    def layer_arguments(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
+    ) -> dict[str, Any]:
+        """What the model hands every decoder layer, without running one."""
+        return self._until(self._lowest_layer, input_ids, attention_mask, position_ids).arguments
+
+    def _until(
+        self, layer: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
+    ) -> Stem:
         found: dict[str, Any] = {}
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -64,7 +85,7 @@ class SplitModel:
             found["arguments"] = kwargs
             raise _StemReached
 
-        hook = self._first_layer.register_forward_pre_hook(stop, with_kwargs=True)
+        hook = layer.register_forward_pre_hook(stop, with_kwargs=True)
         try:
             self.model(
                 input_ids=input_ids,

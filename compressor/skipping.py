@@ -8,12 +8,14 @@ the model is dense. `attach` adds the bookkeeping that makes ordinary calls and
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -29,7 +31,15 @@ def take_rows(value: Any, rows: Tensor, batch: int) -> Any:
 
     A tensor is per-sequence where it has two dimensions or more and its first
     is the batch: masks [batch, 1, query, key], cos and sin [batch, sequence, dim].
+
+    Raises:
+        ModelError: flex attention's block mask, which cannot be taken apart.
     """
+    if isinstance(value, BlockMask):
+        raise ModelError(
+            "flex attention cannot run some sequences of a batch.",
+            'Load the model with attn_implementation="sdpa", "eager" or "flash_attention_2".',
+        )
     if isinstance(value, Tensor):
         per_sequence = value.ndim >= 2 and value.shape[0] == batch
         return value.index_select(0, rows) if per_sequence else value
@@ -59,8 +69,8 @@ def _routed_forward(
                     routed_layer.skip(positions)
                 return hidden_states[:0]
             some = {key: take_rows(value, rows, batch) for key, value in kwargs.items()}
-            output = dense(hidden_states.index_select(0, rows), *args, **some)[0]
-            return output
+            selected: Tensor = dense(hidden_states.index_select(0, rows), *args, **some)[0]
+            return selected
 
         return routing(index, hidden_states, execute), None
 
@@ -84,14 +94,17 @@ class Patch:
         count = len(family.decoder_layers(model))
         if bad := [layer for layer in layers if not 0 <= layer < count]:
             raise ModelError(f"layers {bad} do not exist: the model has layers 0..{count - 1}.")
+        if len(set(layers)) < len(layers):
+            raise ModelError(f"layers {layers} name a layer twice.")
+        attentions = [family.attention_of(model, layer) for layer in range(count)]
+        forwards = [attention.__dict__.get("forward") for attention in attentions]
+        # Any layer: a second pass would be handed to the first one's layers too.
+        if any(getattr(forward, "__module__", None) == __name__ for forward in forwards):
+            raise ModelError("this model has routers attached already; detach them first.")
         self._saved: list[tuple[nn.Module, Any]] = []
         for index, layer in enumerate(layers):
-            attention = family.attention_of(model, layer)
-            previous = attention.__dict__.get("forward")
-            if getattr(previous, "__module__", None) == __name__:
-                self.restore()
-                raise ModelError("this model has routers attached already; detach them first.")
-            self._saved.append((attention, previous))
+            attention = attentions[layer]
+            self._saved.append((attention, forwards[layer]))
             attention.forward = _routed_forward(attention, index, layer, attention.forward)
 
     def restore(self) -> None:
@@ -115,7 +128,7 @@ def patched(model: PreTrainedModel, layers: list[int]) -> Iterator[None]:
 
 
 def as_tau(tau: float | Tensor | list[float], routed: int) -> Tensor:
-    """One threshold per routed sublayer, [routed], float32, from one number or ``routed`` numbers."""
+    """One threshold a routed sublayer, [routed], float32, from one number or as many numbers."""
     values = torch.as_tensor(tau, dtype=torch.float32)
     return values.expand(routed).clone() if values.ndim == 0 else values.reshape(routed).clone()
 
@@ -159,7 +172,7 @@ class MindSkip:
         self.detach()
 
     def cache(self, routing: Tensor | None = None) -> RoutedCache:
-        """An empty cache; with ``routing`` ([batch, routed] of -1, 0, 1) its decisions are given."""
+        """An empty cache; ``routing`` ([batch, routed] of -1, 0, 1) gives its decisions."""
         cache = RoutedCache(self.model.config, self.routers.layers)
         if routing is not None:
             cache.open(len(routing), self.model.device, forced(routing))
@@ -183,9 +196,14 @@ class MindSkip:
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:  # By name from here on: a mask given by position is a mask all the same.
+            named = inspect.signature(module.forward).bind_partial(*args).arguments
+            args, kwargs = (), {**named, **kwargs}
         if "routing" in kwargs:
+            # The model would make a cache of its own, which cannot hold skipped rows.
+            kwargs.setdefault("use_cache", kwargs.get("past_key_values") is not None)
             return args, kwargs
-        tokens = kwargs.get("input_ids", args[0] if args else None)
+        tokens = kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs["inputs_embeds"]
         batch, positions = tokens.shape[:2]
@@ -213,7 +231,8 @@ class MindSkip:
             kwargs["routing"] = self.hard_pass(prompt_mask)
         else:
             cache.open(batch, tokens.device)
-            assert cache.decisions is not None and cache.scores is not None
+            assert cache.decisions is not None
+            assert cache.scores is not None
             kwargs["routing"] = HardPass(
                 self.routers, self.tau, prompt_mask, cache.decisions, cache.scores
             )

@@ -2,23 +2,21 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from mskip.compressor.data import Conversation, Message, read_conversations
 from mskip.compressor.encoding import Sample, collate, encode
 from mskip.compressor.errors import DataError
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-WITH_BOS = "{{ bos_token }}" + CHATML
+MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
+Tokenizers = dict[str, PreTrainedTokenizerFast]
+
 # Gemma 2's manners: no system role, strict turns.
 STRICT = (
     "{{ bos_token }}{% for m in messages %}"
@@ -27,57 +25,38 @@ STRICT = (
     "<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Reasoning models' manners: a prompt opens a thought that no past answer shows, or a past
-# answer is shown without what the model wrote.
-REASONING = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>think\n{% endif %}"
-)
-FORGETFUL = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
 BARE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n"
     "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
-BOS, EOS, PAD, START = "<s>", "<|im_end|>", "<pad>", "<|im_start|>"
+KINDS = (
+    "chatml",
+    "with bos",
+    "strict",
+    "reasoning",
+    "bare",
+    "none",
+    "none, closes",
+    "none, adds nothing",
+)
 
 
-def make_tokenizer(template: str | None, *, adds: str = "bos") -> PreTrainedTokenizerFast:
-    """Byte-level BPE that adds BOS ("bos"), BOS and EOS ("both") or nothing ("") to a text."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.train_from_iterator(
-        ["user assistant system the answer is the question", "### Response: one two three"] * 4
-        + ["\n" * 3] * 4,
-        trainers.BpeTrainer(
-            vocab_size=340,
-            show_progress=False,
-            special_tokens=[BOS, EOS, PAD, START],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
+@pytest.fixture(scope="session")
+def tokenizers(make_tokenizer: MakeTokenizer) -> Tokenizers:
+    """One tokenizer of each of KINDS."""
+    chatml = make_tokenizer()
+    made = (
+        chatml,
+        make_tokenizer("{{ bos_token }}" + chatml.chat_template),
+        make_tokenizer(STRICT),
+        # Reasoning models' manners: a prompt opens a thought that no past answer shows.
+        make_tokenizer(chatml.chat_template.replace("assistant\n", "think\n")),
+        make_tokenizer(BARE),
+        make_tokenizer(None),
+        make_tokenizer(None, adds="both"),
+        make_tokenizer(None, adds=""),
     )
-    if adds:
-        core.post_processor = processors.TemplateProcessing(
-            single=f"{BOS} $A {EOS}" if adds == "both" else f"{BOS} $A",
-            special_tokens=[(BOS, core.token_to_id(BOS)), (EOS, core.token_to_id(EOS))],
-        )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=BOS, eos_token=EOS, pad_token=PAD
-    )
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-TOKENIZERS = {
-    "chatml": make_tokenizer(CHATML),
-    "with bos": make_tokenizer(WITH_BOS),
-    "strict": make_tokenizer(STRICT),
-    "reasoning": make_tokenizer(REASONING),
-    "bare": make_tokenizer(BARE),
-    "none": make_tokenizer(None),
-    "none, closes": make_tokenizer(None, adds="both"),
-    "none, adds nothing": make_tokenizer(None, adds=""),
-}
+    return dict(zip(KINDS, made, strict=True))
 
 
 def turns(*pairs: tuple[str, str]) -> Conversation:
@@ -120,17 +99,23 @@ ASKED = turns(("user", "the question"), ("assistant", "one two"))
         ),
     ],
 )
-def test_prompt_and_answer(kind, prompt, answer):
-    assert parts(encode(ASKED, TOKENIZERS[kind], 500), TOKENIZERS[kind]) == (prompt, answer)
+def test_prompt_and_answer(tokenizers: Tokenizers, kind: str, prompt: str, answer: str) -> None:
+    sample = encode(ASKED, tokenizers[kind], 500)
+    assert parts(sample, tokenizers[kind]) == (prompt, answer)
 
 
-def test_answer_that_the_template_would_not_show_is_scored_whole():
-    tokenizer = make_tokenizer(FORGETFUL)
+def test_answer_that_the_template_would_not_show_is_scored_whole(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    # Reasoning models' manners: a past answer is shown without what the model thought.
+    template = make_tokenizer().chat_template
+    shown = "m['content'].split('</think>')[-1]"
+    tokenizer = make_tokenizer(template.replace("m['content']", shown))
     conversation = turns(("user", "q"), ("assistant", "one</think>two"))
     assert parts(encode(conversation, tokenizer, 500), tokenizer)[1] == "one</think>two<|im_end|>"
 
 
-def test_many_turns_without_a_template():
+def test_many_turns_without_a_template(tokenizers: Tokenizers) -> None:
     conversation = turns(
         ("system", "Be {brief}."),
         ("user", "q"),
@@ -138,7 +123,7 @@ def test_many_turns_without_a_template():
         ("user", "r"),
         ("assistant", "b"),
     )
-    prompt, answer = parts(encode(conversation, TOKENIZERS["none"], 500), TOKENIZERS["none"])
+    prompt, answer = parts(encode(conversation, tokenizers["none"], 500), tokenizers["none"])
     assert prompt == (
         "<s>Be {brief}.\n\n### Instruction:\nq\n\n### Response:\na\n\n"
         "### Instruction:\nr\n\n### Response:\n"
@@ -146,15 +131,17 @@ def test_many_turns_without_a_template():
     assert answer == "b<|im_end|>"
 
 
-def test_only_the_last_answer_is_the_answer():
+def test_only_the_last_answer_is_the_answer(tokenizers: Tokenizers) -> None:
     conversation = turns(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))
-    prompt, answer = parts(encode(conversation, TOKENIZERS["chatml"], 500), TOKENIZERS["chatml"])
+    prompt, answer = parts(encode(conversation, tokenizers["chatml"], 500), tokenizers["chatml"])
     assert "a<|im_end|>" in prompt
     assert answer == "b<|im_end|>"
 
 
-def test_strict_template_gets_the_system_message_in_the_first_user_turn():
-    tokenizer = TOKENIZERS["strict"]
+def test_strict_template_gets_the_system_message_in_the_first_user_turn(
+    tokenizers: Tokenizers,
+) -> None:
+    tokenizer = tokenizers["strict"]
     conversation = turns(("system", "s"), ("user", "q"), ("user", "r"), ("assistant", "a"))
     assert parts(encode(conversation, tokenizer, 500), tokenizer) == (
         "<s><|im_start|>user\ns\n\nq\n\nr<|im_end|>\n<|im_start|>assistant\n",
@@ -162,15 +149,15 @@ def test_strict_template_gets_the_system_message_in_the_first_user_turn():
     )
 
 
-def test_template_that_refuses_is_a_user_error():
+def test_template_that_refuses_is_a_user_error(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer("{{ raise_exception('never') }}")
     with pytest.raises(DataError, match=r"refuses a conversation \(user, assistant\): never"):
         encode(ASKED, tokenizer, 500)
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
-def test_at_most_one_bos_and_one_end(kind):
-    tokenizer = TOKENIZERS[kind]
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_most_one_bos_and_one_end(tokenizers: Tokenizers, kind: str) -> None:
+    tokenizer = tokenizers[kind]
     ids = encode(ASKED, tokenizer, 500).input_ids
     expected = 0 if kind in ("chatml", "reasoning", "bare", "none, adds nothing") else 1
     assert ids.count(tokenizer.bos_token_id) == expected
@@ -184,10 +171,12 @@ def test_at_most_one_bos_and_one_end(kind):
 content = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("kind", KINDS)
 @given(question=content, answer=content)
-def test_prompt_ids_are_those_of_the_prompt_alone(kind, question, answer):
-    tokenizer = TOKENIZERS[kind]
+def test_prompt_ids_are_those_of_the_prompt_alone(
+    tokenizers: Tokenizers, kind: str, question: str, answer: str
+) -> None:
+    tokenizer = tokenizers[kind]
     whole = encode(turns(("user", question), ("assistant", answer)), tokenizer, 10_000)
     alone = encode(turns(("user", question)), tokenizer, 10_000)
     assert alone.prompt_length == len(alone.input_ids)
@@ -196,8 +185,8 @@ def test_prompt_ids_are_those_of_the_prompt_alone(kind, question, answer):
     assert answer.strip() in parts(whole, tokenizer)[1]
 
 
-def test_merge_across_the_boundary_leaves_the_prompt_alone():
-    tokenizer = TOKENIZERS["none"]
+def test_merge_across_the_boundary_leaves_the_prompt_alone(tokenizers: Tokenizers) -> None:
+    tokenizer = tokenizers["none"]
     # The prompt's last "\n" and the answer's first two are one token when they meet.
     assert len(tokenizer("\n\n\n", add_special_tokens=False)["input_ids"]) == 1
     conversation = turns(("user", "q"), ("assistant", "\n\nthe answer"))
@@ -207,9 +196,11 @@ def test_merge_across_the_boundary_leaves_the_prompt_alone():
     assert parts(whole, tokenizer)[1] == "\n\nthe answer<|im_end|>"
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
-def test_too_long_cuts_the_answer_and_drops_a_prompt_without_room(kind):
-    tokenizer = TOKENIZERS[kind]
+@pytest.mark.parametrize("kind", KINDS)
+def test_too_long_cuts_the_answer_and_drops_a_prompt_without_room(
+    tokenizers: Tokenizers, kind: str
+) -> None:
+    tokenizer = tokenizers[kind]
     full = encode(ASKED, tokenizer, 500)
     prompt = full.prompt_length
     assert encode(ASKED, tokenizer, len(full.input_ids)) == full
@@ -222,8 +213,10 @@ def test_too_long_cuts_the_answer_and_drops_a_prompt_without_room(kind):
     assert alone == Sample(full.input_ids[:prompt], prompt)
 
 
-def test_prompt_without_room_gives_way_to_the_latest_earlier_answer_that_fits():
-    tokenizer = TOKENIZERS["with bos"]
+def test_prompt_without_room_gives_way_to_the_latest_earlier_answer_that_fits(
+    tokenizers: Tokenizers,
+) -> None:
+    tokenizer = tokenizers["with bos"]
     long = turns(
         ("system", "s"),
         *(("user", "q"), ("assistant", "a")),
@@ -240,32 +233,32 @@ def test_prompt_without_room_gives_way_to_the_latest_earlier_answer_that_fits():
     assert encode(Conversation(long.messages[:6]), tokenizer, lengths[2]) is None
 
 
-def test_document_is_half_prompt_half_answer():
-    tokenizer = TOKENIZERS["chatml"]
+def test_document_is_half_prompt_half_answer(tokenizers: Tokenizers) -> None:
+    tokenizer = tokenizers["chatml"]
     text = "one two three the answer is the question"
     ids = tokenizer(text)["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
     assert encode(Conversation(text=text), tokenizer, 500) == Sample(ids, len(ids) // 2)
     assert encode(Conversation(text=text), tokenizer, 5) == Sample(ids[:5], 2)
     assert encode(Conversation(text=text), tokenizer, 1) == Sample(ids[:1], 1)
-    plain = TOKENIZERS["none, adds nothing"]
+    plain = tokenizers["none, adds nothing"]
     assert encode(Conversation(text="x"), plain, 500).prompt_length == 1
-    closes = encode(Conversation(text=text), TOKENIZERS["none, closes"], 500)
+    closes = encode(Conversation(text=text), tokenizers["none, closes"], 500)
     assert closes.input_ids == ids
 
 
-def test_document_without_tokens_is_dropped():
-    assert encode(Conversation(text=""), TOKENIZERS["none, adds nothing"], 500) is None
+def test_document_without_tokens_is_dropped(tokenizers: Tokenizers) -> None:
+    assert encode(Conversation(text=""), tokenizers["none, adds nothing"], 500) is None
 
 
-def test_embedded_prompts_encode():
-    tokenizer = TOKENIZERS["chatml"]
+def test_embedded_prompts_encode(tokenizers: Tokenizers) -> None:
+    tokenizer = tokenizers["chatml"]
     samples = [encode(c, tokenizer, 4096) for c in read_conversations("embedded:prompts")]
     assert None not in samples
 
 
 @pytest.mark.parametrize("prompt_length", [0, 3, -1])
-def test_sample_refuses_a_boundary_outside(prompt_length):
+def test_sample_refuses_a_boundary_outside(prompt_length: int) -> None:
     with pytest.raises(ValueError, match="prompt_length"):
         Sample([1, 2], prompt_length)
 
@@ -281,7 +274,7 @@ samples = st.integers(1, 12).flatmap(
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @given(batch=st.lists(samples, min_size=1, max_size=5), pad_id=st.integers(0, 99))
-def test_masks_are_exact(side, batch, pad_id):
+def test_masks_are_exact(side: str, batch: list[Sample], pad_id: int) -> None:
     tensors = collate(batch, pad_id, padding_side=side)
     width = max(len(sample.input_ids) for sample in batch)
     assert {name: tensor.dtype for name, tensor in tensors.items()} == {
@@ -312,7 +305,7 @@ def test_masks_are_exact(side, batch, pad_id):
         assert scored == sample.input_ids[cut:]
 
 
-def test_collate_example():
+def test_collate_example() -> None:
     batch = collate([Sample([5, 6, 7, 8], 2), Sample([9], 1)], 0, padding_side="left")
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [0, 0, 0, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 0, 1]]
@@ -321,12 +314,12 @@ def test_collate_example():
     assert batch["answer_mask"].tolist() == [[False, True, True, False], [False] * 4]
 
 
-def test_collate_of_nothing():
+def test_collate_of_nothing() -> None:
     with pytest.raises(ValueError, match="at least one"):
         collate([], 0)
 
 
-def test_import_brings_torch_but_neither_transformers_nor_datasets():
+def test_import_brings_torch_but_neither_transformers_nor_datasets() -> None:
     code = (
         "import sys, mskip.compressor.encoding\n"
         "assert not {'transformers', 'datasets'} & set(sys.modules)"

@@ -13,6 +13,8 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
+
 from mskip.compressor.errors import RecipeError
 from mskip.compressor.recipe import (
     DataSpec,
@@ -26,7 +28,6 @@ from mskip.compressor.recipe import (
     recipe_schema,
     shipped_recipes,
 )
-from pydantic import ValidationError
 
 LAYERS = {"llama-3-8b": 32, "mistral-7b": 32, "qwen2.5-7b": 28, "smollm2-135m": 30}
 SMALL = "name: small\nmodel:\n  name: folder\n"

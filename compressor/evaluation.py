@@ -1,0 +1,108 @@
+"""Quality: how far a routed or pruned model is from the dense one, on answers.
+
+Everything is measured from one `Reference`: the residual stream below the
+first routed layer and the dense model's final hidden states, computed once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mskip.compressor.encoding import Batch, Sample
+from mskip.compressor.models import BaseModel
+from mskip.compressor.objective import kl_to_dense, next_token_loss
+from mskip.compressor.progress import Progress, silent
+from mskip.compressor.routing import Pass
+from mskip.compressor.samples import batches_of
+from mskip.compressor.segments import SplitModel, Stem
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Measured on the answer tokens.
+
+    Attributes:
+        kl: mean KL(dense || model), nats per token.
+        perplexity: exp of the mean cross entropy of the answers' own tokens.
+        tokens: how many tokens were scored.
+    """
+
+    kl: float
+    perplexity: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    batch: Batch
+    stem: Stem
+    dense: Tensor  # final hidden states at the answer positions, [tokens, hidden]
+    targets: Tensor  # [tokens]
+
+
+def answer_targets(batch: Batch) -> Tensor:
+    """The answer tokens, [tokens] int64, in the order in which ``answer_mask`` selects them."""
+    following = batch["input_ids"].roll(-1, dims=1)
+    return following[batch["answer_mask"]]
+
+
+class Reference:
+    """Samples with everything that does not depend on the routing.
+
+    Args:
+        base: the dense model; must be patched while a pass is measured.
+        first_routed: the first routed decoder layer.
+        samples: with answers.
+        batch_size: samples per forward pass.
+        progress: shows the dense forward passes.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        first_routed: int,
+        samples: list[Sample],
+        batch_size: int = 8,
+        progress: Progress = silent,
+    ) -> None:
+        self.split = SplitModel(base.model, first_routed)
+        self.samples = samples
+        self._parts: list[_Part] = []
+        batches = batches_of(samples, base, batch_size)
+        with torch.no_grad():
+            for done, batch in enumerate(batches, 1):
+                stem = self.split.stem(
+                    batch["input_ids"], batch["attention_mask"], batch["position_ids"]
+                )
+                dense = self.split.finish(stem)[batch["answer_mask"]]
+                self._parts.append(_Part(batch, stem, dense, answer_targets(batch)))
+                progress("dense reference", done, len(batches))
+
+    @property
+    def batches(self) -> list[tuple[Batch, Stem]]:
+        """Batches with the residual stream at the first routed layer."""
+        return [(part.batch, part.stem) for part in self._parts]
+
+    @torch.no_grad()
+    def quality(self, make_pass: Callable[[Batch], Pass | None]) -> Quality:
+        """Measure the model as routed by ``make_pass(batch)``; None is the dense model."""
+        divergence = loss = 0.0
+        tokens = 0
+        for part in self._parts:
+            routing = make_pass(part.batch)
+            teacher = self.split.logits(part.dense)
+            if routing is None:
+                student = teacher
+            else:
+                hidden = self.split.finish(part.stem, routing)[part.batch["answer_mask"]]
+                student = self.split.logits(hidden)
+            count = len(part.targets)
+            divergence += float(kl_to_dense(student, teacher)) * count
+            loss += float(next_token_loss(student, part.targets)) * count
+            tokens += count
+        return Quality(divergence / tokens, math.exp(loss / tokens), tokens)

@@ -1,0 +1,127 @@
+"""The samples of a run: read, encoded, answered by the dense model, divided, kept.
+
+The answers cost a minute on two cores, so they are kept in the run; they are
+made again when the data, the tokenisation or the base model changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mskip
+from mskip.compressor.artifact import Run
+from mskip.compressor.data import read_conversations, split_samples
+from mskip.compressor.distillation import answer_prompts
+from mskip.compressor.encoding import Batch, Sample, collate, encode
+from mskip.compressor.errors import DataError
+from mskip.compressor.files import sha256, write_text
+from mskip.compressor.models import BaseModel
+from mskip.compressor.progress import Progress, silent
+from mskip.compressor.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Disjoint samples, each with an answer.
+
+    Attributes:
+        tune: to tune on.
+        calibration: to find tau on.
+        held_out: to report on.
+    """
+
+    tune: list[Sample]
+    calibration: list[Sample]
+    held_out: list[Sample]
+
+
+def read_samples(
+    source: str, recipe: Recipe, base: BaseModel, limit: int | None, progress: Progress = silent
+) -> list[Sample]:
+    """Read and encode ``source``; prompts without an answer get the dense model's.
+
+    Args:
+        source: see `read_conversations`.
+        recipe: its data and tuning sections.
+        base: the dense model.
+        limit: most conversations to read; None reads all.
+        progress: shows the answers being written.
+
+    Raises:
+        DataError: unreadable, or nothing usable left.
+    """
+    conversations = read_conversations(
+        source,
+        split=recipe.data.split,
+        max_samples=limit,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    encoded = [encode(each, base.tokenizer, recipe.tuning.max_length) for each in conversations]
+    samples = [sample for sample in encoded if sample is not None]
+    answered = answer_prompts(
+        base,
+        samples,
+        recipe.data.answer_tokens,
+        progress=lambda done, total: progress("answer prompts", done, total),
+    )
+    usable = [sample for sample in answered if len(sample.input_ids) > sample.prompt_length]
+    if not usable:
+        raise DataError(
+            f"{source}: none of {len(conversations)} conversations is usable: every prompt is "
+            f"longer than tuning.max_length = {recipe.tuning.max_length} or has no answer.",
+        )
+    return usable
+
+
+def run_samples(run: Run, recipe: Recipe, base: BaseModel, progress: Progress = silent) -> Samples:
+    """The samples of a run, from its cache where that is still right.
+
+    Raises:
+        DataError: see `read_samples` and `split_samples`.
+    """
+    data = recipe.data
+    key = hashlib.sha256(
+        json.dumps(
+            [data.model_dump(), recipe.tuning.max_length, base.sha256, _content_key(data.source)]
+        ).encode()
+    ).hexdigest()
+    cached = run.path / "samples.jsonl"
+    samples = _read_cache(cached.read_text("utf-8"), key) if cached.is_file() else None
+    if samples is None:
+        extra = data.calibration + data.held_out
+        limit = None if data.max_samples is None else data.max_samples + extra
+        samples = read_samples(data.source, recipe, base, limit, progress)
+        lines = [json.dumps({"key": key}), *(json.dumps(asdict(sample)) for sample in samples)]
+        write_text(cached, "\n".join(lines) + "\n")
+    return Samples(*split_samples(samples, data.calibration, data.held_out, data.seed))
+
+
+def batches_of(samples: list[Sample], base: BaseModel, size: int) -> list[Batch]:
+    """Batches of samples of like length, padded on the right, on the model's device."""
+    ordered = sorted(samples, key=lambda sample: len(sample.input_ids))
+    pad_id = int(base.tokenizer.pad_token_id)
+    return [
+        {
+            name: value.to(base.model.device)
+            for name, value in collate(ordered[start : start + size], pad_id).items()
+        }
+        for start in range(0, len(ordered), size)
+    ]
+
+
+def _content_key(source: str) -> str:
+    path = Path(source)
+    return sha256(path) if path.is_file() else mskip.__version__
+
+
+def _read_cache(text: str, key: str) -> list[Sample] | None:
+    try:
+        head, *rows = [json.loads(line) for line in text.splitlines()]
+        if head["key"] != key:
+            return None
+        return [Sample(row["input_ids"], row["prompt_length"]) for row in rows]
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        return None  # Written by another version, or damaged: made again.

@@ -1,0 +1,68 @@
+"""Dense activations of the tuning samples, kept between epochs within a budget.
+
+What lies below the first routed layer, and what the dense model makes of it,
+never changes while routers are tuned. Keeping both for a sample saves more
+than half of a step's work from the second epoch on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mskip.compressor.encoding import Batch, Sample
+from mskip.compressor.segments import SplitModel, Stem
+
+
+class StemStore:
+    """Per-sample store of the stem and of the dense model's final hidden states.
+
+    Args:
+        split: the model, cut before the first routed layer.
+        samples: the tuning samples.
+        budget: bytes that may be held; samples beyond it are computed each time.
+    """
+
+    def __init__(self, split: SplitModel, samples: list[Sample], budget: int) -> None:
+        self.split = split
+        self.samples = samples
+        self.budget = budget
+        self.used = 0
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def get(self, batch: Batch, index: Tensor) -> tuple[Stem, Tensor]:
+        """Stem of a right-padded batch and the dense final hidden states at its answers.
+
+        Args:
+            batch: with ``input_ids``, ``attention_mask``, ``position_ids``, ``answer_mask``.
+            index: number of each sample, [batch] int64.
+
+        Returns:
+            The stem and [answer tokens, hidden], in the order ``answer_mask`` selects.
+        """
+        numbers = index.tolist()
+        inputs = batch["input_ids"], batch["attention_mask"], batch["position_ids"]
+        if not all(number in self._kept for number in numbers):
+            stem = self.split.stem(*inputs)
+            dense = self.split.finish(stem)[batch["answer_mask"]]
+            self._keep(numbers, stem.hidden, dense, batch["answer_mask"])
+            return stem, dense
+        arguments = self.split.layer_arguments(*inputs)
+        rows = [self._kept[number] for number in numbers]
+        width = batch["input_ids"].shape[1]
+        first = rows[0][0]
+        hidden = first.new_zeros(len(rows), width, first.shape[1])
+        for row, (kept, _) in enumerate(rows):
+            hidden[row, : len(kept)] = kept
+        return Stem(hidden, arguments), torch.cat([dense for _, dense in rows])
+
+    def _keep(self, numbers: list[int], hidden: Tensor, dense: Tensor, answers: Tensor) -> None:
+        parts = dense.split(answers.sum(1).tolist())
+        for row, number in enumerate(numbers):
+            length = len(self.samples[number].input_ids)
+            size = (length + len(parts[row])) * hidden.shape[-1] * hidden.element_size()
+            if number in self._kept or self.used + size > self.budget:
+                continue
+            self._kept[number] = hidden[row, :length].clone(), parts[row].clone()
+            self.used += size
