@@ -82,7 +82,8 @@ class SplitModel:
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found["hidden"] = args[0] if args else kwargs.pop("hidden_states")
-            found["arguments"] = kwargs
+            # An attached model's own pass is not ours: `finish` is given one, or runs dense.
+            found["arguments"] = {k: v for k, v in kwargs.items() if k != "routing"}
             raise _StemReached
 
         hook = layer.register_forward_pre_hook(stop, with_kwargs=True)

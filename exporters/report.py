@@ -93,7 +93,8 @@ def write_report(run: Path) -> Path:
     recipe, data = _read(run)
     figures = _write_figures(run, data)
     path = run / "reports" / "report.html"
-    write_text(path, _render(recipe, data, figures))
+    name = recipe.get("name") or run.resolve().name
+    write_text(path, _render({**recipe, "name": name}, data, figures))
     return path
 
 
@@ -116,7 +117,8 @@ def _read(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ArtifactError(
             f"cannot read {path}: {error.strerror}.", "Give a run folder, made by: mskip tune"
         ) from error
-    except (yaml.YAMLError, ValueError) as error:
+    # As in mskip.compressor.recipe: PyYAML lets bare errors out for bad bytes and odd tags.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"{path} is not valid YAML: {error}.") from error
     _check(recipe, {"model": {}, "routing": {"capacity": _N}}, str(path))
     data: dict[str, Any] = {}
@@ -180,14 +182,15 @@ def _figures(data: dict[str, Any]) -> Iterator[tuple[str, Figure, str]]:
         values = ", ".join(f"{row.get('method')} {_number(row.get('kl'))}" for row in rows)
         yield "quality", plots.quality(rows), f"Bars of KL from dense in nats per token: {values}."
     if layers := _at(data, "calibration", "layers"):
-        each = ", ".join(f"{row.get('layer')}: {_number(row.get('capacity'))}" for row in layers)
+        known = [row["capacity"] for row in layers if row.get("capacity") is not None]
+        ends = " to ".join(_capacity(end(known, default=None)) for end in (min, max))
         figure = plots.layer_capacity(layers, _at(data, "calibration", "target"))
-        yield "capacity", figure, f"Bars of held-out capacity by decoder layer. {each}."
+        yield "capacity", figure, f"Bars of held-out capacity by decoder layer, from {ends}."
         if any(row.get("scores") for row in layers):
             alt = f"Histograms of held-out scores of {len(layers)} layers, each with a line at tau."
             yield "scores", plots.scores(layers), alt
     if runs := _traces(data["tune"]):
-        ends = ", ".join(_number(run["target"]) for run in runs)
+        ends = ", ".join(_capacity(run["target"]) for run in runs)
         alt = f"Lines of capacity against optimiser step for the targets {ends}."
         yield "constraint", plots.constraint(runs), alt
     effect = _at(data, "tune", "sensitivity") or {}
@@ -331,14 +334,17 @@ def _capacity(value: Any) -> str:
 
 
 def _ranges(numbers: Any) -> str:
-    """Ascending integers in words: 3, 5–7."""
+    """Ascending integers in words and their count: 3, 5–7 (4)."""
+    if not isinstance(numbers, list) or None in numbers:
+        return _number(None)
     runs: list[list[int]] = []
-    for number in numbers or ():
+    for number in numbers:
         if runs and number == runs[-1][-1] + 1:
             runs[-1].append(number)
         else:
             runs.append([number])
-    return ", ".join(f"{r[0]}–{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)
+    words = ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return f"{words} ({len(numbers)})" if words else "none"
 
 
 def _render(

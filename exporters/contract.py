@@ -1,0 +1,140 @@
+"""The graph contract: names, types and axes of every input and output, in one place.
+
+One graph serves prefill and decoding. Decisions enter and leave as ``routing``:
+an undecided entry (-1) is decided from the score and ``tau``, any other is
+obeyed. A routed layer's cache has a row for each *executing* sequence, in
+batch order, so a skipping sequence holds no keys or values there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mskip.compressor.errors import ArtifactError
+from mskip.compressor.files import read_json, write_json
+
+FORMAT = 1
+UNSCORED = -1.0
+"""Value in ``routing_scores`` where no score was computed (nothing was undecided)."""
+
+BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "past + sequence"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output.
+
+    Attributes:
+        name: in the graph.
+        dtype: numpy name.
+        axes: symbol or size of each axis.
+        optional: may be left out (inputs with a default).
+    """
+
+    name: str
+    dtype: str
+    axes: list[str | int]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a deployer has to know about a graph.
+
+    Attributes:
+        layers: number of decoder layers.
+        routed_layers: decoder layer index of each routed sublayer.
+        kv_heads: key/value heads.
+        head_dim: width of a head.
+        vocabulary: width of the logits.
+        dtype: of logits, keys and values.
+        opset: ONNX opset.
+        tau: default threshold of each routed sublayer.
+        eos: token ids that end a sequence.
+        pad: token id for padding.
+        removed_layers: decoder layers without attention (static graphs).
+    """
+
+    layers: int
+    routed_layers: list[int]
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    dtype: str
+    opset: int
+    tau: list[float]
+    eos: list[int]
+    pad: int
+    removed_layers: list[int]
+
+    def kv_axes(self, layer: int, length: str) -> list[str | int]:
+        """Axes of a layer's keys or values; ``length`` is the symbol of its positions."""
+        rows = f"rows_{layer}" if layer in self.routed_layers else BATCH
+        return [rows, self.kv_heads, length, self.head_dim]
+
+    @property
+    def cached_layers(self) -> list[int]:
+        """Decoder layers that have a cache."""
+        return [layer for layer in range(self.layers) if layer not in self.removed_layers]
+
+    def inputs(self) -> list[TensorSpec]:
+        """Inputs in the order of the graph."""
+        routed = len(self.routed_layers)
+        specs = [
+            TensorSpec("input_ids", "int64", [BATCH, SEQUENCE]),
+            TensorSpec("attention_mask", "int64", [BATCH, TOTAL]),
+            TensorSpec("position_ids", "int64", [BATCH, SEQUENCE]),
+        ]
+        if routed:
+            specs.append(TensorSpec("routing", "int64", [BATCH, routed]))
+            specs.append(TensorSpec("tau", "float32", [routed], optional=True))
+        for layer in self.cached_layers:
+            for part in ("key", "value"):
+                axes = self.kv_axes(layer, PAST)
+                specs.append(TensorSpec(f"past_key_values.{layer}.{part}", self.dtype, axes))
+        return specs
+
+    def outputs(self) -> list[TensorSpec]:
+        """Outputs in the order of the graph."""
+        routed = len(self.routed_layers)
+        specs = [TensorSpec("logits", self.dtype, [BATCH, SEQUENCE, self.vocabulary])]
+        if routed:
+            specs.append(TensorSpec("routing_out", "int64", [BATCH, routed]))
+            specs.append(TensorSpec("routing_scores", "float32", [BATCH, routed]))
+        for layer in self.cached_layers:
+            for part in ("key", "value"):
+                axes = self.kv_axes(layer, TOTAL)
+                specs.append(TensorSpec(f"present.{layer}.{part}", self.dtype, axes))
+        return specs
+
+    def write(self, path: Path) -> None:
+        """Save as JSON, with the tensors written out for people and other languages."""
+        value = {
+            "format": FORMAT,
+            **asdict(self),
+            "routing_values": {"undecided": -1, "skip": 0, "execute": 1},
+            "unscored": UNSCORED,
+            "inputs": [asdict(spec) for spec in self.inputs()],
+            "outputs": [asdict(spec) for spec in self.outputs()],
+        }
+        write_json(path, value)
+
+
+def read_contract(path: Path) -> Contract:
+    """Read a ``contract.json``.
+
+    Raises:
+        ArtifactError: missing, damaged, or of another format.
+    """
+    value: Any = read_json(path, "contract", "Export the model with: mskip export")
+    fields = Contract.__dataclass_fields__
+    try:
+        if value["format"] != FORMAT:
+            raise ArtifactError(
+                f"{path} has format {value['format']}; this mskip reads {FORMAT}.", "Export again."
+            )
+        return Contract(**{name: value[name] for name in fields})
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} lacks the entry {error}.", "Export again.") from error

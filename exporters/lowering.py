@@ -1,0 +1,366 @@
+"""From traced parts to a graph: routed with conditionals, dense, or static.
+
+A routed attention becomes ``If(any gate)``: the then-branch picks the executing
+rows, runs the body on them and scatters the result; the else-branch gives
+zeros and an empty cache, touching neither weights nor keys. Weights stay
+initializers of the main graph, which every branch reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from onnx_ir import tape
+from torch import Tensor
+
+from mskip.exporters.contract import UNSCORED, Contract
+from mskip.exporters.tracing import ATTENTION, DOMAIN, SCORE, Traced
+
+Weights = Callable[[int], dict[str, Tensor]]
+"""Decoder layer -> its attention's parameters by name."""
+
+
+def branch_prefix(layer: int) -> str:
+    """Prefix of every node name in the then-branch of a layer's attention."""
+    return f"layers.{layer}.attention/"
+
+
+def routed_graph(traced: Traced, weights: Weights, contract: Contract) -> ir.Model:
+    """The conditional graph."""
+    builder = _Builder(traced, weights)
+    for node in builder.placeholders(SCORE):
+        builder.conditional_score(node)
+    for node in builder.placeholders(ATTENTION):
+        builder.conditional_attention(node)
+    tau = next(value for value in builder.graph.inputs if value.name == "tau")
+    tau.const_value = ir.tensor(np.array(contract.tau, dtype=np.float32), name="tau")
+    builder.graph.initializers["tau"] = tau
+    return builder.finish(contract)
+
+
+def static_graph(traced: Traced, weights: Weights, contract: Contract) -> ir.Model:
+    """A graph without routing: attention of ``contract.removed_layers`` is gone, the rest is dense.
+
+    With nothing removed this is the dense model, lowered by the same exporter.
+    """
+    builder = _Builder(traced, weights)
+    for node in builder.placeholders(ATTENTION):
+        if _layer(node) in contract.removed_layers:
+            builder.remove_attention(node)
+        else:
+            builder.inline_attention(node)
+    builder.keep_interface(contract)
+    return builder.finish(contract)
+
+
+def _layer(node: ir.Node) -> int:
+    return node.attributes["layer"].as_int()
+
+
+class _Builder:
+    def __init__(self, traced: Traced, weights: Weights) -> None:
+        self.traced = traced
+        self.weights = weights
+        self.model = traced.trunk.clone()
+        self.graph = self.model.graph
+
+    def placeholders(self, kind: str) -> list[ir.Node]:
+        return [n for n in self.graph if n.domain == DOMAIN and n.op_type == kind]
+
+    # -- placeholders to nodes --
+
+    def conditional_score(self, node: ir.Node) -> None:
+        undecided, hidden, mask, weight, bias = _inputs(node)
+        then = self._branch(self.traced.score, [hidden, mask, weight, bias], f"{node.name}/")
+        otherwise = tape.Tape()
+        shape = otherwise.op("Shape", [mask], attributes={"start": 0, "end": 1})
+        score = otherwise.op("Expand", [_constant(otherwise, np.float32(UNSCORED)), shape])
+        self._replace(node, undecided, then, _graph(otherwise, [score], "unscored"))
+
+    def conditional_attention(self, node: ir.Node) -> None:
+        layer = _layer(node)
+        gate, hidden, cos, sin, mask, past_key, past_value = _inputs(node)
+        prefix = branch_prefix(layer)
+        choose = tape.Tape()
+        zero = _constant(choose, np.array([0], dtype=np.int64))
+        rows = choose.op("Squeeze", [choose.op("NonZero", [gate]), zero])
+        count = choose.op("Shape", [rows])
+        pasts = []
+        for past in (past_key, past_value):
+            # At prefill the past is empty and has any number of rows; while decoding
+            # it has one row for each executing sequence and this changes nothing.
+            tail = choose.op("Shape", [past], attributes={"start": 1})
+            shape = choose.op("Concat", [count, tail], attributes={"axis": 0})
+            pasts.append(choose.op("Reshape", [past, shape]))
+        arguments = [rows, hidden, cos, sin, mask, *pasts, *self._weights(layer)]
+        then = self._branch(self.traced.attention[layer], arguments, prefix, list(choose.nodes))
+
+        skip = tape.Tape()
+        output = skip.op(
+            "Expand", [_constant(skip, np.float32(0)), skip.op("Shape", [hidden])]
+        )
+        contract = self.traced.contract
+        shape = skip.op(
+            "Concat",
+            [
+                _constant(skip, np.array([0, contract.kv_heads], dtype=np.int64)),
+                skip.op("Shape", [mask], attributes={"start": 3}),
+                _constant(skip, np.array([contract.head_dim], dtype=np.int64)),
+            ],
+            attributes={"axis": 0},
+        )
+        empty = skip.op("ConstantOfShape", [shape])
+        other = skip.op("Identity", [empty])
+        otherwise = _graph(skip, [output, empty, other], f"layers.{layer}.skip/")
+
+        top = tape.Tape()
+        whole = top.op("Cast", [gate], attributes={"to": ir.DataType.INT32})
+        anyone = top.op("ReduceMax", [whole], attributes={"keepdims": 0})
+        condition = top.op("Cast", [anyone], attributes={"to": ir.DataType.BOOL})
+        for number, each in enumerate(top.nodes):
+            each.name = f"layers.{layer}.condition/{number}"
+        self.graph.insert_before(node, list(top.nodes))
+        self._replace(node, condition, then, otherwise)
+
+    def inline_attention(self, node: ir.Node) -> None:
+        layer = _layer(node)
+        _, *arguments = _inputs(node)
+        rows = arguments[0]  # The dense body ignores its row numbers.
+        body = self._branch(
+            self.traced.dense_attention[layer],
+            [rows, *arguments, *self._weights(layer)],
+            branch_prefix(layer),
+        )
+        outputs = list(body.outputs)
+        nodes = list(body)
+        constants = list(body.initializers.values())
+        body.outputs.clear()
+        body.remove(nodes)
+        for value in constants:
+            body.initializers.pop(value.name)
+            self.graph.register_initializer(value)
+        self.graph.insert_before(node, nodes)
+        self._substitute(node, outputs)
+
+    def remove_attention(self, node: ir.Node) -> None:
+        # The residual stream passes by: the sum with nothing is the other operand.
+        (output, *_) = node.outputs
+        for use in list(output.uses()):
+            assert use.node.op_type == "Add"
+            (passed,) = [value for value in use.node.inputs if value is not output]
+            assert passed is not None
+            ir.convenience.replace_all_uses_with(
+                use.node.outputs[0], passed, replace_graph_outputs=True
+            )
+            self.graph.remove(use.node, safe=True)
+        dropped = set(node.outputs[1:])
+        kept = [value for value in self.graph.outputs if value not in dropped]
+        self.graph.outputs.clear()
+        self.graph.outputs.extend(kept)
+        self.graph.remove(node, safe=True)
+
+    # -- helpers --
+
+    def _weights(self, layer: int) -> list[ir.Value]:
+        values = []
+        for name, parameter in self.weights(layer).items():
+            full = f"layers.{layer}.attention.{name}"
+            if full not in self.graph.initializers:
+                self.graph.register_initializer(_initializer(full, parameter))
+            values.append(self.graph.initializers[full])
+        return values
+
+    def _branch(
+        self,
+        body: ir.Model,
+        arguments: list[ir.Value],
+        prefix: str,
+        first: list[ir.Node] | None = None,
+    ) -> ir.Graph:
+        """A copy of ``body`` reading ``arguments`` from outside, as a graph without inputs."""
+        graph = body.graph.clone()
+        inputs = list(graph.inputs)
+        graph.inputs.clear()
+        for value in graph.initializers.values():
+            inputs = [each for each in inputs if each is not value]
+        for formal, actual in zip(inputs, arguments, strict=True):
+            ir.convenience.replace_all_uses_with(formal, actual)
+        if first:
+            graph.insert_before(graph[0], first)
+        _rename(graph, prefix)
+        return graph
+
+    def _replace(
+        self, node: ir.Node, condition: ir.Value, then: ir.Graph, otherwise: ir.Graph
+    ) -> None:
+        branches = ir.node(
+            "If",
+            [condition],
+            attributes={"then_branch": then, "else_branch": otherwise},
+            num_outputs=len(node.outputs),
+            name=f"{then.name}If",
+        )
+        self.graph.insert_before(node, branches)
+        self._substitute(node, list(branches.outputs))
+
+    def _substitute(self, node: ir.Node, outputs: list[ir.Value]) -> None:
+        for old, new in zip(node.outputs, outputs, strict=True):
+            new.type, new.shape = old.type, old.shape
+            name = old.name
+            old.name = f"{name}.placeholder"
+            new.name = name
+            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        self.graph.remove(node, safe=True)
+
+    def keep_interface(self, contract: Contract) -> None:
+        """Drop inputs and outputs that the contract does not have, and what only they needed."""
+        wanted = {spec.name for spec in contract.outputs()}
+        kept = [value for value in self.graph.outputs if value.name in wanted]
+        self.graph.outputs.clear()
+        self.graph.outputs.extend(kept)
+        common.RemoveUnusedNodesPass()(self.model)
+        inputs = {spec.name for spec in contract.inputs()}
+        for value in [value for value in self.graph.inputs if value.name not in inputs]:
+            self.graph.inputs.remove(value)
+
+    def finish(self, contract: Contract) -> ir.Model:
+        """Fold weight transposes, drop what is unused, name the axes."""
+        _share_tied_head(self.graph)
+        _fold_transposes(self.graph)
+        common.RemoveUnusedNodesPass()(self.model)
+        for name in [n for n, v in self.graph.initializers.items() if not v.uses() and n != "tau"]:
+            self.graph.initializers.pop(name)
+        _strip_shapes(self.graph)
+        axes = {spec.name: spec.axes for spec in (*contract.inputs(), *contract.outputs())}
+        for value in (*self.graph.inputs, *self.graph.outputs):
+            assert value.name is not None
+            value.shape = ir.Shape(axes[value.name])
+        self.graph.opset_imports.pop(DOMAIN, None)
+        self.model.opset_imports.pop(DOMAIN, None)
+        common.TopologicalSortPass()(self.model)
+        common.NameFixPass()(self.model)
+        self.model.producer_name = "mskip"
+        return self.model
+
+
+def _inputs(node: ir.Node) -> list[ir.Value]:
+    return [value for value in node.inputs if value is not None]
+
+
+def _constant(into: tape.Tape, value: np.ndarray | np.generic) -> ir.Value:
+    return into.op("Constant", [], attributes={"value": ir.tensor(np.asarray(value))})
+
+
+def _graph(from_: tape.Tape, outputs: list[ir.Value], name: str) -> ir.Graph:
+    graph = ir.Graph([], outputs, nodes=list(from_.nodes), name=name)
+    _rename(graph, name)
+    return graph
+
+
+def _rename(graph: ir.Graph, prefix: str) -> None:
+    graph.name = prefix
+    for number, node in enumerate(graph):
+        node.name = f"{prefix}{node.op_type}.{number}"
+        for value in node.outputs:
+            value.name = f"{prefix}{value.name or node.op_type}.{number}"
+    for name, value in list(graph.initializers.items()):
+        graph.initializers.pop(name)
+        value.name = f"{prefix}{name}"
+        graph.register_initializer(value)
+
+
+def _initializer(name: str, parameter: Tensor, *, transposed: bool = False) -> ir.Value:
+    """An initializer that is read from the model only when it is written."""
+    shape = tuple(parameter.shape)
+
+    def load() -> ir.TensorProtocol:
+        array = parameter.detach().cpu().numpy()
+        return ir.tensor(np.ascontiguousarray(array.T) if transposed else array, name=name)
+
+    dtype = ir.DataType.from_numpy(parameter.detach()[:0].cpu().numpy().dtype)
+    tensor = ir.LazyTensor(
+        load, dtype, ir.Shape(shape[::-1] if transposed else shape), name=name
+    )
+    return ir.Value(
+        name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor
+    )
+
+
+def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
+    for node in graph:
+        yield node
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH:
+                yield from _nodes(attribute.as_graph())
+
+
+def _share_tied_head(graph: ir.Graph) -> None:
+    """Let a head that is tied to the embedding read it as it lies, instead of a second copy.
+
+    MatMul wants [hidden, vocabulary]; Gemm can read [vocabulary, hidden], but only has two
+    dimensions, hence the reshapes around it.
+    """
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or weight.name not in graph.initializers:
+            continue
+        readers = [use.node for use in weight.uses()]
+        products = [use.node for use in node.outputs[0].uses()]
+        if not any(reader.op_type == "Gather" for reader in readers) or len(products) != 1:
+            continue
+        (product,) = products
+        hidden, output = product.inputs[0], product.outputs[0]
+        assert hidden is not None
+        assert weight.shape is not None
+        rows, width = weight.shape.numpy()
+        build = tape.Tape()
+        flat = build.op("Reshape", [hidden, _constant(build, np.array([-1, width]))])
+        scores = build.op("Gemm", [flat, weight], attributes={"transB": 1})
+        lead = build.op("Shape", [hidden], attributes={"start": 0, "end": 2})
+        shape = build.op("Concat", [lead, _constant(build, np.array([rows]))], {"axis": 0})
+        logits = build.op("Reshape", [scores, shape])
+        graph.insert_before(product, list(build.nodes))
+        logits.type, name = output.type, output.name
+        output.name = f"{name}.matmul"
+        logits.name = name
+        ir.convenience.replace_all_uses_with(output, logits, replace_graph_outputs=True)
+        graph.remove([product, node], safe=True)
+
+
+def _fold_transposes(graph: ir.Graph) -> None:
+    """Store weights the way MatMul reads them: a transpose of an initializer becomes one."""
+    for node in list(_nodes(graph)):
+        source = node.inputs[0] if node.op_type == "Transpose" else None
+        if source is None or source.name not in graph.initializers:
+            continue
+        tensor = source.const_value
+        if tensor is None or len(tensor.shape) != 2:
+            continue
+        name = f"{source.name}.T"
+        if name not in graph.initializers:
+            graph.register_initializer(_transposed(name, tensor))
+        ir.convenience.replace_all_uses_with(node.outputs[0], graph.initializers[name])
+        owner = node.graph
+        assert owner is not None
+        owner.remove(node, safe=True)
+
+
+def _transposed(name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    def load() -> ir.TensorProtocol:
+        return ir.tensor(np.ascontiguousarray(tensor.numpy().T), name=name)
+
+    rows, columns = tensor.shape
+    shape = ir.Shape([columns, rows])
+    lazy = ir.LazyTensor(load, tensor.dtype, shape, name=name)
+    return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
+
+
+def _strip_shapes(graph: ir.Graph) -> None:
+    # The trace's symbols mean nothing to a reader, and a branch's shapes hold only
+    # for its own side; runtimes infer what they need.
+    for node in _nodes(graph):
+        for value in node.outputs:
+            value.shape = None

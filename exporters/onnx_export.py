@@ -1,0 +1,173 @@
+"""Exporting a run to ONNX: the conditional graph, its peers, contract and tokenizer.
+
+The dense graph and the static ones come from the same trace and share the
+weight file, so that comparing them compares routing and nothing else.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from torch import Tensor
+
+from mskip.compressor.artifact import Run, load_routers
+from mskip.compressor.errors import ModelError
+from mskip.compressor.families import family_of
+from mskip.compressor.files import sha256, whole_folder
+from mskip.compressor.models import BaseModel
+from mskip.compressor.progress import Progress, silent
+from mskip.compressor.router import Routers
+from mskip.exporters.contract import Contract
+from mskip.exporters.lowering import routed_graph, static_graph
+from mskip.exporters.tracing import trace
+
+MODEL, DENSE, STATIC, CEILING = "model.onnx", "dense.onnx", "static.onnx", "ceiling.onnx"
+DATA = "model.onnx.data"
+CONTRACT = "contract.json"
+
+
+def contract_of(base: BaseModel, routers: Routers, tau: list[float], opset: int) -> Contract:
+    """The contract of a model's routed graph."""
+    config = base.model.config.get_text_config()
+    ends = base.model.generation_config.eos_token_id
+    head_dim = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    return Contract(
+        layers=config.num_hidden_layers,
+        routed_layers=routers.layers,
+        kv_heads=config.num_key_value_heads,
+        head_dim=head_dim,
+        vocabulary=config.vocab_size,
+        dtype="float32",
+        opset=opset,
+        tau=tau,
+        eos=ends if isinstance(ends, list) else [] if ends is None else [ends],
+        pad=int(base.tokenizer.pad_token_id),
+        removed_layers=[],
+    )
+
+
+def export_onnx(
+    base: BaseModel,
+    routers: Routers,
+    contract: Contract,
+    folder: Path,
+    static_removed: list[int],
+    progress: Progress = silent,
+) -> None:
+    """Write the conditional graph and its peers.
+
+    Args:
+        base: the base model, float32.
+        routers: its routers.
+        contract: of the routed graph.
+        folder: receives model.onnx with its data, dense.onnx, static.onnx (``static_removed``
+            gone), ceiling.onnx (every routed attention gone), contract.json and the tokenizer.
+        static_removed: decoder layers whose attention the static peer lacks.
+        progress: one unit a part.
+
+    Raises:
+        ModelError: every layer is routed.
+    """
+    if len(routers.layers) == contract.layers:
+        raise ModelError(
+            "every layer is routed; the export needs one layer that always executes.",
+            "Set routing.exclude_last to 1 or more.",
+        )
+    family = family_of(base.model)
+
+    def weights(layer: int) -> dict[str, Tensor]:
+        return dict(family.attention_of(base.model, layer).named_parameters())
+
+    progress("export", 0, 6, "tracing")
+    traced = trace(base.model, routers, contract)
+    progress("export", 1, 6, "writing weights")
+    ir.save(
+        routed_graph(traced, weights, contract),
+        folder / MODEL,
+        external_data=DATA,
+        max_workers=1,
+        max_in_flight_bytes=1 << 24,
+    )
+    stored = ir.load(folder / MODEL).graph.initializers
+    peers = {DENSE: [], STATIC: static_removed, CEILING: routers.layers}
+    for done, (name, removed) in enumerate(peers.items(), 2):
+        progress("export", done, 6, name)
+        peer = replace(contract, routed_layers=[], tau=[], removed_layers=list(removed))
+        model = static_graph(traced, weights, peer)
+        for value in model.graph.initializers.values():
+            if value.name in stored:
+                value.const_value = stored[value.name].const_value
+        ir.save(model, folder / name)
+        peer.write(folder / name.replace(".onnx", ".contract.json"))
+    progress("export", 5, 6, "checking")
+    for name in (MODEL, *peers):
+        onnx.checker.check_model(folder / name, full_check=True)
+    contract.write(folder / CONTRACT)
+    base.tokenizer.save_pretrained(folder)
+    progress("export", 6, 6)
+
+
+def export_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict[str, Any]:
+    """Export a calibrated run to ``onnx/``.
+
+    Returns:
+        The report, as saved in ``reports/export.json``.
+
+    Raises:
+        ArtifactError: the run is not tuned or calibrated, or cannot be written.
+        ModelError: see `export_onnx`.
+    """
+    started = time.monotonic()
+    recipe = run.recipe()
+    routers = load_routers(run, base)
+    calibration = run.calibration()
+    contract = contract_of(base, routers, calibration["tau"], recipe.export.opset)
+    removed = static_peer_layers(run, calibration["target"])
+    with whole_folder(run.onnx) as folder:
+        export_onnx(base, routers, contract, folder, removed, progress)
+    weights = sum(parameter.nbytes for parameter in base.model.parameters())
+    peak = peak_rss()
+    report = {
+        "file": f"onnx/{MODEL}",
+        "opset": contract.opset,
+        "ir_version": onnx.load(run.onnx / MODEL, load_external_data=False).ir_version,
+        "bytes": sum(path.stat().st_size for path in run.onnx.iterdir()),
+        "sha256": sha256(run.onnx / MODEL),
+        "seconds": round(time.monotonic() - started, 1),
+        "weights_bytes": weights,
+        "peak_rss_bytes": peak,
+        "peak_memory_over_weights": round(peak / weights, 2),
+        "if_nodes": sum(
+            node.op_type == "If" and "attention" in node.name
+            for node in onnx.load(run.onnx / MODEL, load_external_data=False).graph.node
+        ),
+        "checker": "passed",
+        "static_removed": removed,
+    }
+    run.write_report("export", report)
+    run.write_manifest(onnx={"sha256": report["sha256"], "opset": contract.opset})
+    return report
+
+
+def static_peer_layers(run: Run, capacity: float) -> list[int]:
+    """Layers that the static peer lacks: as many as routing skips, the least sensitive ones."""
+    saved = run.report("tune", "Make it with: mskip tune")["sensitivity"]
+    layers, kl = saved["layers"], saved["kl"]
+    count = len(layers) - round(capacity * len(layers))
+    order = sorted(range(len(layers)), key=lambda index: kl[index])
+    return sorted(layers[index] for index in order[:count])
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
