@@ -227,7 +227,7 @@ def _capacity_tile(calibration: Any) -> _Tile:
     title = "Held-out capacity (skip rate)"
     target, reached = _at(calibration, "target"), _at(calibration, "capacity", "held_out")
     if target is None or reached is None:
-        return _not_run(title, "mskip calibrate")
+        return _not_run(title, "calibration")
     good = _within(target, reached)
     notes = [f"target {_capacity(target)}", f"off by {reached - target:+.3f}"]
     verdict = f"{'within' if good else 'not within'} {_TOLERANCE} of target"
@@ -241,7 +241,7 @@ def _quality_tile(evaluation: Any) -> _Tile:
     static = [row for row in rows if str(row.get("method")).startswith("static")]
     ratio = _at(evaluation, "routed_over_static")
     if ratio is None or not routed or not static:
-        return _not_run(title, "mskip eval")
+        return _not_run(title, "eval")
     notes = [
         f"{row['method']}: {_number(row['kl'])} nats at capacity {_capacity(row.get('capacity'))}"
         for row in (routed[0], min(static, key=lambda row: float(row["kl"])))
@@ -254,7 +254,7 @@ def _parity_tile(validation: Any) -> _Tile:
     title = "Parity with PyTorch"
     status = _at(validation, "status")
     if status is None:
-        return _not_run(title, "mskip validate")
+        return _not_run(title, "validate")
     gates = _at(validation, "gates") or []
     count = [sum(gate.get("passed") is outcome for gate in gates) for outcome in (True, False)]
     verdict = f"gates: {count[0]} passed, {count[1]} failed, {len(gates) - sum(count)} not run"
@@ -273,7 +273,7 @@ def _speed_tile(bench: Any) -> _Tile:
     title = "Speedup, dense / routed"
     rows = [row for row in _at(bench, "rows") or [] if row.get("speedup") is not None]
     if not rows:
-        return _not_run(title, "mskip bench")
+        return _not_run(title, "bench")
     speedups = [row["speedup"] for row in rows]
     faster = sum(speedup > 1 for speedup in speedups)
     state = "good" if faster == len(rows) else "mixed" if faster else "bad"
@@ -281,12 +281,14 @@ def _speed_tile(bench: Any) -> _Tile:
     notes = [f"at capacity {', '.join(map(_capacity, capacities)) or 'not run'}"]
     if known := [row["efficiency"] for row in rows if row.get("efficiency") is not None]:
         notes.append(f"efficiency {_percent(min(known))} to {_percent(max(known))}")
+    if known := [row["spread"] for row in rows if row.get("spread") is not None]:
+        notes.append(f"spread of the repeats at most {_spread(max(known))}")
     value = f"{_times(min(speedups))} to {_times(max(speedups))}"
     return _Tile(title, value, f"faster in {faster} of {len(rows)} cases", state, notes)
 
 
-def _not_run(title: str, command: str) -> _Tile:
-    return _Tile(title, "not run", command, "none", [])
+def _not_run(title: str, name: str) -> _Tile:
+    return _Tile(title, "not run", _INPUTS[name].command, "none", [])
 
 
 def _within(target: float, reached: float) -> bool:
@@ -319,6 +321,7 @@ def _formatted(text: str) -> Any:
 
 
 _share, _times, _percent = map(_formatted, ("{:.3f}", "{:.2f}×", "{:.0%}"))
+_spread = _formatted("{:.1%}")
 _exact = _formatted("{:.6g}")  # for what is held against a limit: 0.9998 must not read 1.00
 
 
@@ -371,6 +374,7 @@ def _render(
         cap=_capacity,
         times=_times,
         percent=_percent,
+        spread=_spread,
         exact=_exact,
         fixed=_formatted("{:.6f}"),
         ranges=_ranges,

@@ -115,7 +115,8 @@ class _TracedPass:
         )  # fmt: skip
         routing = self.routing[:, index]
         taken = score >= self.tau[index]
-        gate = torch.where(routing == UNDECIDED, taken, routing > 0)
+        # Not `where`: ONNX Runtime has none for booleans.
+        gate = ((routing == UNDECIDED) & taken) | (routing > 0)
         self.scores.append(score)
         self.gates.append(gate)
         cos, sin = self.arguments["position_embeddings"]

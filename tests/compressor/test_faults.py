@@ -1,6 +1,6 @@
 """One test for each fault of the public code that must not come back.
 
-The list, and the numbers, are those of docs on the method: padding in the mean, the answer in
+The numbers are those under which the faults were listed: padding in the mean, the answer in
 the mean, length one taken for decoding, state on the modules, skipping that saves nothing, a
 constraint without pressure, a constraint per micro-batch, architectures accepted blindly. (The
 ninth, router weights that nothing loads, is with the artifact.) Each test shows the fault's
@@ -74,7 +74,7 @@ def test_fault_2_answer_in_the_mean(skip: MindSkip, prompt_batch: Prompts) -> No
     scoring = scores_of(skip, batch, prompt_mask=prompt_mask)
     torch.testing.assert_close(scoring, generating, rtol=0, atol=1e-5)
     # The answers would have made a difference.
-    assert (scores_of(skip, batch) - generating).abs().min() > 1e-3
+    assert (scores_of(skip, batch) - generating).abs().max() > 0.05
 
 
 def test_fault_3_length_one_is_taken_for_decoding(skip: MindSkip, prompt_batch: Prompts) -> None:

@@ -49,11 +49,10 @@ def test_prompt_mean_of_nothing_is_zero() -> None:
 
 
 def test_prompt_mean_adds_up_in_float32() -> None:
-    # In bfloat16 the sum stops at 256: adding one more changes nothing.
-    hidden = torch.ones(1, 1000, 2, dtype=torch.bfloat16)
-    mean = prompt_mean(hidden, torch.ones(1, 1000, dtype=torch.bool))
+    hidden = (5 + noise(2, 1001, 4)).bfloat16()
+    mean = prompt_mean(hidden, torch.ones(2, 1001, dtype=torch.bool))
     assert mean.dtype == torch.float32
-    assert torch.equal(mean, torch.ones(1, 2))
+    torch.testing.assert_close(mean, hidden.double().mean(dim=1).float(), rtol=1e-6, atol=0)
 
 
 def test_logit_is_float32_and_the_same_under_autocast(routers: Routers) -> None:

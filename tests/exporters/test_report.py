@@ -267,6 +267,7 @@ def test_summary_states_the_verdicts(full):
         "failed gates: 1 passed, 1 failed, 0 not run",
         "decisions agree: 0.9998; flips: 1",
         "0.97× to 1.25× faster in 2 of 4 cases at capacity 0.500 (skip rate 0.500)",
+        "efficiency 89% to 89% spread of the repeats at most 3.0%",
     ):
         assert text in seen
 
@@ -281,7 +282,7 @@ def test_tables_hold_the_numbers(full):
     assert "3 15 0.551200 0.549100 0.00120" in parity
     assert "15 0.550000 0.000 1.000 0.100000 0.200000 constant: skip" in words(html)
     speed = words(section(html, "speed"))
-    assert "onnxruntime 1 512 0.500 0.500 100 104 80.0 60.0 55.0 1.25× 89% 1.04× 5 3%" in speed
+    assert "onnxruntime 1 512 0.500 0.500 100 104 80.0 60.0 55.0 1.25× 89% 1.04× 5 3.0%" in speed
     assert speed.index("prefill") < speed.index("decode")
     assert "539 MB" in words(section(html, "export"))
 
