@@ -70,14 +70,17 @@ class OrtRunner(Runner):
     ) -> State:
         """See `Runner.forward`."""
         new = input_ids.shape[1]
-        feeds = {
-            "input_ids": self._value(np.ascontiguousarray(input_ids)),
-            "attention_mask": self._value(np.ascontiguousarray(mask)),
-            "position_ids": self._value(positions(mask, new)),
+        arrays: dict[str, Any] = {
+            "input_ids": np.ascontiguousarray(input_ids),
+            "attention_mask": np.ascontiguousarray(mask),
+            "position_ids": positions(mask, new),
         }
         if self.contract.routed_layers:
-            feeds["routing"] = self._value(np.ascontiguousarray(routing))
-            feeds["tau"] = self._value(tau)
+            arrays["routing"] = np.ascontiguousarray(routing)
+            arrays["tau"] = tau
+        # An OrtValue borrows the array's memory without holding it: `arrays` must
+        # outlive the call.
+        feeds = {name: self._value(array) for name, array in arrays.items()}
         feeds.update(self._empty(len(input_ids)) if cache is None else cache)
         values = dict(
             zip(

@@ -290,7 +290,9 @@ def trace(model: PreTrainedModel, routers: Routers, contract: Contract) -> Trace
         caches = []
         for layer in range(contract.layers):
             rows = 2 if layer in routers.layers else batch
-            caches.append((torch.zeros(rows, heads, past, dim, dtype=dtype),) * 2)
+            shape = rows, heads, past, dim
+            # Two tensors: the exporter takes one object given twice for one input.
+            caches.append((torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)))
         args = (
             torch.zeros(batch, positions, dtype=torch.int64),
             torch.ones(batch, past + positions, dtype=torch.int64),

@@ -354,11 +354,11 @@ def test_tau_may_differ_by_layer_and_is_inclusive(
 
 def test_given_decisions_are_kept_and_open_ones_taken(skip: MindSkip, batch: Batch) -> None:
     taken = prefill(skip, batch)
-    given_ = torch.full((8, 2), -1)
+    given_ = torch.full((8, 2), -1, dtype=torch.int8)
     given_[:, 0] = 1 - taken.decisions[:, 0]
     cache = skip.cache(given_)
     logits = skip.model(**inputs(batch), past_key_values=cache).logits
-    assert torch.equal(cache.decisions[:, 0], given_[:, 0].to(torch.int8))
+    assert torch.equal(cache.decisions[:, 0], given_[:, 0])
     assert bool((cache.decisions[:, 1] >= 0).all())
     assert cache.scores[:, 0].isnan().all()
     assert not cache.scores[:, 1].isnan().any()
@@ -428,6 +428,9 @@ def test_embeddings_are_as_good_as_ids(skip: MindSkip, batch: Batch) -> None:
     output = skip.model(**rest)
     assert torch.equal(output.logits, by_ids.logits)
     assert torch.equal(output.past_key_values.scores, by_ids.past_key_values.scores)
+    embeddings = rest["inputs_embeds"][:1]
+    bare = skip.model(inputs_embeds=embeddings), skip.model(batch["input_ids"][:1])
+    assert torch.equal(bare[0].past_key_values.scores, bare[1].past_key_values.scores)
 
 
 def test_without_a_mask_every_position_is_prompt(skip: MindSkip, prompt_batch: Prompts) -> None:
@@ -621,8 +624,14 @@ def test_reset_cache_is_an_empty_one(skip: MindSkip, batch: Batch, prompt_batch:
 # -- what transformers does to a cache --------------------------------------------------------
 
 REARRANGED: dict[str, tuple[Callable[[RoutedCache], None], list[int]]] = {
-    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([5, 0, 0, 7, 1])), [5, 0, 0, 7, 1]),
-    "select": (lambda cache: cache.batch_select_indices(torch.tensor([6, 2])), [6, 2]),
+    "reorder": (
+        lambda cache: cache.reorder_cache(torch.tensor([5, 0, 0, 7, 1, 6, 6, 2])),
+        [5, 0, 0, 7, 1, 6, 6, 2],
+    ),
+    "select": (
+        lambda cache: cache.batch_select_indices(torch.tensor([6, 0, 2, 1])),
+        [6, 0, 2, 1],
+    ),
     "select one": (lambda cache: cache.batch_select_indices(torch.tensor([3])), [3]),
     "repeat": (
         lambda cache: cache.batch_repeat_interleave(2),
