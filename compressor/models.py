@@ -50,7 +50,7 @@ class BaseModel:
 
 
 def cache_home() -> Path:
-    """mskip's cache folder: ``$MSKIP_HOME``, else ``mskip`` in ``$XDG_CACHE_HOME``, ``~/.cache``."""
+    """The cache folder: ``$MSKIP_HOME``, else ``mskip`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     if home := os.environ.get("MSKIP_HOME"):
         return Path(home)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mskip"

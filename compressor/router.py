@@ -77,6 +77,7 @@ class Routers(nn.Module):
             normal = (mean - self.center[index]) * self.scale[index]
             return normal @ self.weight[index] + self.bias[index]
 
+    @torch.no_grad()
     def standardise(self, inputs: Tensor) -> None:
         """Set ``center`` and ``scale`` so that the given router inputs have mean 0, variance 1.
 

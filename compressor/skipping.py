@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from mskip.compressor.cache import RoutedCache, RoutedLayer
 from mskip.compressor.errors import ModelError
 from mskip.compressor.families import family_of
 from mskip.compressor.router import Routers
-from mskip.compressor.routing import HardPass, Pass, forced, fresh_decisions
+from mskip.compressor.routing import UNDECIDED, HardPass, Pass, forced, fresh_decisions
 
 
 def take_rows(value: Any, rows: Tensor, batch: int) -> Any:
@@ -224,7 +224,7 @@ class MindSkip:
                 use_cache = self.model.config.use_cache
             cache = self.cache() if use_cache else None
         elif not isinstance(cache, RoutedCache):
-            cache = self._replace(cache)
+            self._adopt(cache)
         kwargs["past_key_values"] = cache
         prompt_mask = mask[:, -positions:].bool()
         if cache is None:
@@ -236,14 +236,22 @@ class MindSkip:
             kwargs["routing"] = HardPass(
                 self.routers, self.tau, prompt_mask, cache.decisions, cache.scores
             )
+            undecided = (cache.decisions == UNDECIDED).any(dim=1)
+            if bool((undecided & ~prompt_mask.any(dim=1)).any()):
+                raise ModelError(
+                    "a sequence's first chunk is all padding: there is nothing to decide from.",
+                    "Pad chunks of a long prompt on the right, or give the decisions beforehand.",
+                )
         return args, kwargs
 
-    def _replace(self, cache: Cache) -> RoutedCache:
-        # `generate` brings an empty DynamicCache of its own and goes on with
-        # whatever cache the model returns.
-        if cache.get_seq_length() > 0 or getattr(cache, "is_compileable", False):
+    def _adopt(self, cache: Cache) -> None:
+        # `generate` and many callers bring an empty DynamicCache and go on holding that
+        # very object, so it is turned into a routed one rather than replaced.
+        if type(cache) is not DynamicCache or cache.get_seq_length() > 0 or cache.offloading:
             raise ModelError(
-                f"a {type(cache).__name__} cannot carry routing decisions.",
+                f"this {type(cache).__name__} cannot carry routing decisions.",
                 "Use the cache that the attached model returns, or MindSkip.cache().",
             )
-        return self.cache()
+        routed = self.cache()
+        cache.__class__ = RoutedCache
+        cache.__dict__.update(routed.__dict__)

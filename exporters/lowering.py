@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 from onnx_ir import tape
+from onnx_ir.passes import common
 from torch import Tensor
 
 from mskip.exporters.contract import UNSCORED, Contract
@@ -99,9 +99,7 @@ class _Builder:
         then = self._branch(self.traced.attention[layer], arguments, prefix, list(choose.nodes))
 
         skip = tape.Tape()
-        output = skip.op(
-            "Expand", [_constant(skip, np.float32(0)), skip.op("Shape", [hidden])]
-        )
+        output = skip.op("Expand", [_constant(skip, np.float32(0)), skip.op("Shape", [hidden])])
         contract = self.traced.contract
         shape = skip.op(
             "Concat",
@@ -201,7 +199,8 @@ class _Builder:
             [condition],
             attributes={"then_branch": then, "else_branch": otherwise},
             num_outputs=len(node.outputs),
-            name=f"{then.name}If",
+            # Not inside the branch's prefix: the If itself always runs.
+            name=f"if.{then.name.rstrip('/')}",
         )
         self.graph.insert_before(node, branches)
         self._substitute(node, list(branches.outputs))
@@ -281,12 +280,8 @@ def _initializer(name: str, parameter: Tensor, *, transposed: bool = False) -> i
         return ir.tensor(np.ascontiguousarray(array.T) if transposed else array, name=name)
 
     dtype = ir.DataType.from_numpy(parameter.detach()[:0].cpu().numpy().dtype)
-    tensor = ir.LazyTensor(
-        load, dtype, ir.Shape(shape[::-1] if transposed else shape), name=name
-    )
-    return ir.Value(
-        name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor
-    )
+    tensor = ir.LazyTensor(load, dtype, ir.Shape(shape[::-1] if transposed else shape), name=name)
+    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
 
 
 def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:

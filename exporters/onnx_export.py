@@ -147,7 +147,7 @@ def export_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict[s
         "peak_rss_bytes": peak,
         "peak_memory_over_weights": round(peak / weights, 2),
         "if_nodes": sum(
-            node.op_type == "If" and "attention" in node.name
+            node.op_type == "If" and node.name.endswith(".attention")
             for node in onnx.load(run.onnx / MODEL, load_external_data=False).graph.node
         ),
         "checker": "passed",

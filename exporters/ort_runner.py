@@ -65,9 +65,7 @@ class OrtRunner(Runner):
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         self._outputs = [spec.name for spec in self.contract.outputs()]
 
-    def forward(
-        self, input_ids: Ints, mask: Ints, cache: Any, routing: Ints, tau: Floats
-    ) -> State:
+    def forward(self, input_ids: Ints, mask: Ints, cache: Any, routing: Ints, tau: Floats) -> State:
         """See `Runner.forward`."""
         new = input_ids.shape[1]
         arrays: dict[str, Any] = {

@@ -86,9 +86,7 @@ class Runner(ABC):
     contract: Contract
 
     @abstractmethod
-    def forward(
-        self, input_ids: Ints, mask: Ints, cache: Any, routing: Ints, tau: Floats
-    ) -> State:
+    def forward(self, input_ids: Ints, mask: Ints, cache: Any, routing: Ints, tau: Floats) -> State:
         """One call.
 
         Args:

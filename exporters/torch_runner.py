@@ -44,15 +44,16 @@ class TorchRunner(Runner):
         self.close()
 
     @torch.no_grad()
-    def forward(
-        self, input_ids: Ints, mask: Ints, cache: Any, routing: Ints, tau: Floats
-    ) -> State:
+    def forward(self, input_ids: Ints, mask: Ints, cache: Any, routing: Ints, tau: Floats) -> State:
         """See `Runner.forward`."""
         model = self.base.model
         device = model.device
         # The caller's state stays usable: a cache that grows is a copy. Tensors are
         # replaced, never written to, so only the lists of them are new.
-        cache = _fork(cache) if cache is not None else RoutedCache(model.config, self.routers.layers)
+        if cache is None:
+            cache = RoutedCache(model.config, self.routers.layers)
+        else:
+            cache = _fork(cache)
         if cache.decisions is None:
             cache.open(len(input_ids), device, forced(torch.from_numpy(routing)))
         new = input_ids.shape[1]

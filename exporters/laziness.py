@@ -1,0 +1,102 @@
+"""Is a skipped branch really not executed? Proved twice: by time and by the runtime's profile."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mskip.compressor.progress import Progress, silent
+from mskip.exporters.lowering import branch_prefix
+from mskip.exporters.ort_runner import OrtRunner
+from mskip.exporters.runner import Ints
+
+CONTEXT = 256
+REPEATS = 7
+
+
+def filled(prompts: Sequence[Sequence[int]], length: int, batch: int = 1) -> Ints:
+    """Real text of an exact length: the prompts on end, repeated, [batch, length] int64."""
+    stream = [token for prompt in prompts for token in prompt]
+    rows = [np.resize(np.roll(stream, -17 * row), length) for row in range(batch)]
+    return np.asarray(rows, dtype=np.int64)
+
+
+def branch_nodes(profile: Path, layers: Sequence[int]) -> tuple[int, int]:
+    """Count kernels in a profile of ONNX Runtime.
+
+    Args:
+        profile: the JSON that the runtime wrote.
+        layers: routed decoder layers.
+
+    Returns:
+        Kernels that ran in the then-branches of these layers, and Softmax kernels in all:
+        one for each attention that ran, whatever its nodes are called after fusion.
+    """
+    prefixes = tuple(branch_prefix(layer) for layer in layers)
+    events = [e for e in json.loads(profile.read_text("utf-8")) if e.get("cat") == "Node"]
+    inside = sum(event["name"].startswith(prefixes) for event in events)
+    softmax = sum(event.get("args", {}).get("op_name") == "Softmax" for event in events)
+    return inside, softmax
+
+
+def profiled(folder: Path, ids: Ints, decision: int) -> tuple[int, int]:
+    """Branch nodes and Softmax kernels of one prefill and one step with every decision forced."""
+    with tempfile.TemporaryDirectory() as scratch:
+        engine = OrtRunner(folder, profile=Path(scratch) / "ort")
+        routing = np.full((len(ids), len(engine.contract.routed_layers)), decision, dtype=np.int64)
+        state = engine.prefill(ids, routing=routing)
+        engine.extend(state, ids[:, :1])
+        return branch_nodes(engine.end_profile(), engine.contract.routed_layers)
+
+
+def measure_laziness(
+    folder: Path, prompts: Sequence[Sequence[int]], progress: Progress = silent
+) -> dict[str, Any]:
+    """Time forced-skip against forced-execute, and look into the profile of both.
+
+    Args:
+        folder: of the export.
+        prompts: token ids to fill the context with.
+        progress: one unit a repeat.
+
+    Returns:
+        Medians in ms, their ratio, and the counts of `branch_nodes` for both.
+    """
+    engine = OrtRunner(folder)
+    ids = filled(prompts, CONTEXT)
+    routed = len(engine.contract.routed_layers)
+    times: dict[int, list[float]] = {0: [], 1: []}
+    for repeat in range(REPEATS + 1):
+        for decision, taken in times.items():
+            routing = np.full((1, routed), decision, dtype=np.int64)
+            start = time.perf_counter()
+            engine.prefill(ids, routing=routing)
+            if repeat:  # the first round warms up
+                taken.append((time.perf_counter() - start) * 1e3)
+        progress("laziness", repeat, REPEATS + 2)
+    dense_attention = len(engine.contract.cached_layers) - routed
+    del engine
+    skipped, skip_softmax = profiled(folder, ids, 0)
+    progress("laziness", REPEATS + 1, REPEATS + 2)
+    executed, execute_softmax = profiled(folder, ids, 1)
+    progress("laziness", REPEATS + 2, REPEATS + 2)
+    skip, execute = statistics.median(times[0]), statistics.median(times[1])
+    return {
+        "context": CONTEXT,
+        "repeats": REPEATS,
+        "execute_ms": execute,
+        "skip_ms": skip,
+        "ratio": execute / skip,
+        # A kernel under another name would show in the Softmax count: two calls
+        # (prefill, step) of the layers that always run.
+        "skipped_branch_nodes": skipped + max(0, skip_softmax - 2 * dense_attention),
+        "executed_branch_nodes": executed,
+        "softmax_kernels": {"skip": skip_softmax, "execute": execute_softmax},
+    }

@@ -1,0 +1,226 @@
+"""What skipping saves, measured: interleaved in one process, ratios from pairs.
+
+Six variants of one export share their weights: dense, routed at the calibrated
+tau, every routed sublayer forced to execute, all forced to skip, the static
+graph with as many removed as the target skips, and the ceiling with all
+routed sublayers removed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mskip.compressor.artifact import Run
+from mskip.compressor.errors import ArtifactError
+from mskip.compressor.progress import Progress, silent
+from mskip.exporters.laziness import filled
+from mskip.exporters.onnx_export import CEILING, DENSE, MODEL, STATIC
+from mskip.exporters.ort_runner import OrtRunner
+from mskip.exporters.runner import Ints, State
+
+QUICK_BATCHES, QUICK_CONTEXTS, QUICK_REPEATS = [1], [128, 512, 2048], 3
+
+
+@dataclass
+class Variant:
+    """One way to run.
+
+    Attributes:
+        engine: the runner.
+        decision: forced decision of every routed sublayer; None leaves them to the scores.
+        state: of the last prefill.
+        times: ms by phase, one a repeat.
+    """
+
+    engine: OrtRunner
+    decision: int | None = None
+    state: State | None = None
+    times: dict[str, list[float]] = field(default_factory=lambda: {"prefill": [], "decode": []})
+
+    def routing(self, batch: int) -> Ints | None:
+        """Forced decisions, or None."""
+        routed = len(self.engine.contract.routed_layers)
+        if self.decision is None or not routed:
+            return None
+        return np.full((batch, routed), self.decision, dtype=np.int64)
+
+
+def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = call()
+    return (time.perf_counter() - start) * 1e3, result
+
+
+def _decode(engine: OrtRunner, state: State, ids: Ints, steps: int) -> None:
+    for _ in range(steps):
+        engine.extend(state, ids[:, :1])
+
+
+def measure(
+    variants: dict[str, Variant], ids: Ints, repeats: int, steps: int
+) -> dict[str, dict[str, list[float]]]:
+    """Time every variant in turn, ``repeats`` rounds after one that is not counted.
+
+    Args:
+        variants: by name.
+        ids: the prompts, [batch, context].
+        repeats: counted rounds.
+        steps: tokens decoded for one decode timing, each from the same full context.
+
+    Returns:
+        ms by variant and phase; decode is per token.
+    """
+    for variant in variants.values():
+        variant.times = {"prefill": [], "decode": []}
+    for repeat in range(repeats + 1):
+        for variant in variants.values():
+            routing = variant.routing(len(ids))
+            # Held states are freed first, or their memory would slow the next variant down.
+            variant.state = None
+            spent, state = _timed(lambda v=variant, r=routing: v.engine.prefill(ids, routing=r))
+            step_spent, _ = _timed(lambda v=variant, s=state: _decode(v.engine, s, ids, steps))
+            variant.state = State(
+                state.logits[:, -1:], state.routing, state.scores, state.mask, None
+            )
+            if repeat:
+                variant.times["prefill"].append(spent)
+                variant.times["decode"].append(step_spent / steps)
+    return {name: variant.times for name, variant in variants.items()}
+
+
+def row_of(
+    times: dict[str, dict[str, list[float]]], phase: str, batch: int, context: int, capacity: float
+) -> dict[str, Any]:
+    """One row of the report.
+
+    Speedup, overhead and efficiency are medians over rounds of ratios within a round;
+    ``spread`` is half the range of the speedup's ratios, relative to its median.
+    """
+    series = {name: phases[phase] for name, phases in times.items()}
+    speedups = [d / r for d, r in zip(series["dense"], series["routed"], strict=True)]
+    overheads = [e / d for e, d in zip(series["execute"], series["dense"], strict=True)]
+    medians = {name: statistics.median(values) for name, values in series.items()}
+    saved = medians["dense"] - medians["ceiling"]
+    speedup = statistics.median(speedups)
+    return {
+        "engine": "onnxruntime",
+        "phase": phase,
+        "batch": batch,
+        "context": context,
+        "capacity": capacity,
+        **{f"{name}_ms": round(value, 3) for name, value in medians.items()},
+        "speedup": speedup,
+        "speedup_skip": medians["execute"] / medians["skip"],
+        # Without a measurable ceiling there is nothing to be a share of.
+        "efficiency": (
+            (medians["dense"] - medians["skip"]) / saved
+            if saved > 0.02 * medians["dense"]
+            else None
+        ),
+        "overhead": statistics.median(overheads),
+        "repeats": len(speedups),
+        "spread": (max(speedups) - min(speedups)) / 2 / speedup,
+    }
+
+
+def bench_run(
+    run: Run,
+    *,
+    quick: bool = False,
+    batches: Sequence[int] | None = None,
+    contexts: Sequence[int] | None = None,
+    repeats: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Benchmark an exported run.
+
+    Args:
+        run: an exported run.
+        quick: batch 1, contexts 128, 512, 2048, few repeats, where not given otherwise.
+        batches: batch sizes; None takes the recipe's.
+        contexts: prompt lengths in tokens; None takes the recipe's.
+        repeats: timed rounds; None takes the recipe's.
+        progress: one unit a case.
+
+    Returns:
+        The report, as saved in ``reports/bench.json``.
+
+    Raises:
+        ArtifactError: the run is not exported.
+        MissingExtraError: onnxruntime is not installed.
+    """
+    spec = run.recipe().bench
+    batches = list(batches or (QUICK_BATCHES if quick else spec.batches))
+    contexts = list(contexts or (QUICK_CONTEXTS if quick else spec.contexts))
+    repeats = repeats or (QUICK_REPEATS if quick else spec.repeats)
+    engines = {
+        name: OrtRunner(run.onnx, name, threads=spec.threads)
+        for name in (MODEL, DENSE, STATIC, CEILING)
+    }
+    variants = {
+        "dense": Variant(engines[DENSE]),
+        "routed": Variant(engines[MODEL]),
+        "execute": Variant(engines[MODEL], 1),
+        "skip": Variant(engines[MODEL], 0),
+        "static": Variant(engines[STATIC]),
+        "ceiling": Variant(engines[CEILING]),
+    }
+    prompts = _text(run)
+    rows: list[dict[str, Any]] = []
+    cases = [(batch, context) for batch in batches for context in contexts]
+    for done, (batch, context) in enumerate(cases):
+        progress("bench", done, len(cases), f"batch {batch} context {context}")
+        times = measure(variants, filled(prompts, context, batch), repeats, spec.decode_steps)
+        routed = variants["routed"].state
+        assert routed is not None
+        capacity = float(routed.routing.mean())
+        rows += [row_of(times, p, batch, context, capacity) for p in ("prefill", "decode")]
+    progress("bench", len(cases), len(cases))
+    rows.sort(key=lambda row: (row["phase"] != "prefill", row["batch"], row["context"]))
+    report = {
+        "machine": machine(engines[MODEL].name, spec.threads),
+        "date": datetime.date.today().isoformat(),
+        "removed": {
+            "static": engines[STATIC].contract.removed_layers,
+            "ceiling": engines[CEILING].contract.removed_layers,
+        },
+        "rows": rows,
+    }
+    run.write_report("bench", report)
+    return report
+
+
+def _text(run: Run) -> list[list[int]]:
+    import json
+
+    path = run.path / "samples.jsonl"
+    try:
+        lines = path.read_text("utf-8").splitlines()[1:]
+        return [json.loads(line)["input_ids"] for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"cannot read {path}: {error}", "Make it with: mskip tune") from error
+
+
+def machine(engine: str, threads: int | None) -> dict[str, Any]:
+    """What the figures were taken on: class of machine, not which one."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text("utf-8", errors="replace").splitlines()
+        cpu = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": threads or "default",
+        "onnxruntime": engine,
+    }
