@@ -8,11 +8,13 @@ model when that one sublayer is skipped, which is dearer and better.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from mskip.compressor.encoding import Batch
 from mskip.compressor.evaluation import Reference
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.router import prompt_mean
@@ -47,6 +49,11 @@ def static_gates(kept: list[int], routed: int) -> Tensor:
     gates = torch.zeros(1, routed, dtype=torch.bool)
     gates[0, kept] = True
     return gates
+
+
+def forced_to(gates: Tensor) -> Callable[[Batch], ForcedPass]:
+    """A pass maker for `Reference.quality`: the same gates for every batch."""
+    return lambda _: ForcedPass(gates)
 
 
 class _CosinePass:
@@ -111,7 +118,7 @@ def measure_sensitivity(
     for index in range(routed):
         others = static_gates([j for j in range(routed) if j != index], routed)
         gates = others.to(reference.split.model.device)
-        divergence.append(reference.quality(lambda _, g=gates: ForcedPass(g)).kl)
+        divergence.append(reference.quality(forced_to(gates)).kl)
         progress("sensitivity", index + 1, routed)
     return Sensitivity(list(layers), divergence, (cosine / positions).tolist())
 

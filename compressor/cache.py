@@ -26,7 +26,7 @@ class RoutedLayer(DynamicLayer):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen = 0
 
     def update(
@@ -51,12 +51,12 @@ class RoutedLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self.seen = 0
 
     def select(self, rows: Tensor) -> None:
         """Keep the given compact rows, in the given order, with repeats."""
-        if self.is_initialized:
+        if self.keys is not None and self.values is not None:
             self.keys = self.keys.index_select(0, rows)
             self.values = self.values.index_select(0, rows)
 
@@ -101,7 +101,7 @@ class RoutedCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget everything, decisions included."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self.decisions = None
         self.scores = None
 
@@ -116,8 +116,8 @@ class RoutedCache(DynamicCache):
             routed = self.layers[layer]
             assert isinstance(routed, RoutedLayer)
             routed.select(kept)
-        for layer, cached in enumerate(self.layers):
-            if layer not in self.routed_layers:
+        for cached in self.layers:
+            if isinstance(cached, DynamicLayer) and not isinstance(cached, RoutedLayer):
                 cached.batch_select_indices(rows)
         self.decisions = self.decisions[rows]
         self.scores = self.scores[rows]
@@ -140,7 +140,9 @@ class RoutedCache(DynamicCache):
     def kv_bytes(self) -> int:
         """Bytes held by keys and values."""
         return sum(
-            layer.keys.nbytes + layer.values.nbytes
+            tensor.nbytes
             for layer in self.layers
-            if layer.is_initialized and layer.keys is not None
+            if isinstance(layer, DynamicLayer)
+            for tensor in (layer.keys, layer.values)
+            if tensor is not None
         )

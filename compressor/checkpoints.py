@@ -66,6 +66,8 @@ class CheckpointMixin(_Base):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.args.should_save:
             return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
         state = self.optimizer.state_dict()["state"]
         flat = {f"{i}.{name}": value for i, each in state.items() for name, value in each.items()}
         with whole_file(Path(output_dir) / _OPTIMIZER) as path:
@@ -97,6 +99,8 @@ class CheckpointMixin(_Base):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, value in _load(Path(checkpoint) / _OPTIMIZER).items():
             number, _, name = key.partition(".")

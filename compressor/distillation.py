@@ -47,7 +47,7 @@ def answer_prompts(
     for start in range(0, len(todo), batch_size):
         chosen = todo[start : start + batch_size]
         batch = collate([samples[i] for i in chosen], pad_id, padding_side="left")
-        output = base.model.generate(
+        output = base.model.generate(  # type: ignore[operator]
             input_ids=batch["input_ids"].to(base.model.device),
             attention_mask=batch["attention_mask"].to(base.model.device),
             max_new_tokens=new_tokens,

@@ -58,7 +58,7 @@ class StemStore:
         return Stem(hidden, arguments), torch.cat([dense for _, dense in rows])
 
     def _keep(self, numbers: list[int], hidden: Tensor, dense: Tensor, answers: Tensor) -> None:
-        parts = dense.split(answers.sum(1).tolist())
+        parts = torch.split(dense, answers.sum(1).tolist())
         for row, number in enumerate(numbers):
             length = len(self.samples[number].input_ids)
             size = (length + len(parts[row])) * hidden.shape[-1] * hidden.element_size()

@@ -350,9 +350,10 @@ def _uses_bf16(spec: TuningSpec, device: torch.device) -> bool:
     if spec.bf16 != "auto":
         return spec.bf16
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     # Emulated bfloat16 is slower than float32; these units multiply it natively.
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    native: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return native
 
 
 def tune(

@@ -18,6 +18,7 @@ from torch import Tensor
 from mskip.compressor.artifact import Run, load_routers, save_routers
 from mskip.compressor.baselines import (
     Sensitivity,
+    forced_to,
     measure_sensitivity,
     router_inputs,
     static_gates,
@@ -36,7 +37,7 @@ from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.recipe import Recipe
 from mskip.compressor.router import Routers
-from mskip.compressor.routing import ForcedPass, HardPass, fresh_decisions
+from mskip.compressor.routing import HardPass, fresh_decisions
 from mskip.compressor.samples import Samples, run_samples
 from mskip.compressor.skipping import patched
 from mskip.compressor.starting import first_price, initialise
@@ -328,7 +329,7 @@ def evaluate_run(
             ("cosine", sensitivity.kept_by_cosine(kept_count)),
         ):
             gates = static_gates(kept, routed).to(base.model.device)
-            quality = reference.quality(lambda _, g=gates: ForcedPass(g))
+            quality = reference.quality(forced_to(gates))
             removed = [layer for index, layer in enumerate(layers) if index not in kept]
             add(f"static ({rule})", quality, kept_count / routed, removed)
         add("routed", routed_quality, capacity, [])

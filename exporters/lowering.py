@@ -137,8 +137,8 @@ class _Builder:
         constants = list(body.initializers.values())
         body.outputs.clear()
         body.remove(nodes)
+        body.initializers.clear()
         for value in constants:
-            body.initializers.pop(value.name)
             self.graph.register_initializer(value)
         self.graph.insert_before(node, nodes)
         self._substitute(node, outputs)
@@ -200,7 +200,7 @@ class _Builder:
             attributes={"then_branch": then, "else_branch": otherwise},
             num_outputs=len(node.outputs),
             # Not inside the branch's prefix: the If itself always runs.
-            name=f"if.{then.name.rstrip('/')}",
+            name=f"if.{(then.name or '').rstrip('/')}",
         )
         self.graph.insert_before(node, branches)
         self._substitute(node, list(branches.outputs))
@@ -347,7 +347,7 @@ def _transposed(name: str, tensor: ir.TensorProtocol) -> ir.Value:
     def load() -> ir.TensorProtocol:
         return ir.tensor(np.ascontiguousarray(tensor.numpy().T), name=name)
 
-    rows, columns = tensor.shape
+    rows, columns = tensor.shape.numpy()
     shape = ir.Shape([columns, rows])
     lazy = ir.LazyTensor(load, tensor.dtype, shape, name=name)
     return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)

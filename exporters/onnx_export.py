@@ -104,7 +104,7 @@ def export_onnx(
         peer = replace(contract, routed_layers=[], tau=[], removed_layers=list(removed))
         model = static_graph(traced, weights, peer)
         for value in model.graph.initializers.values():
-            if value.name in stored:
+            if value.name is not None and value.name in stored:
                 value.const_value = stored[value.name].const_value
         ir.save(model, folder / name)
         peer.write(folder / name.replace(".onnx", ".contract.json"))

@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,8 @@ def measure(
             routing = variant.routing(len(ids))
             # Held states are freed first, or their memory would slow the next variant down.
             variant.state = None
-            spent, state = _timed(lambda v=variant, r=routing: v.engine.prefill(ids, routing=r))
-            step_spent, _ = _timed(lambda v=variant, s=state: _decode(v.engine, s, ids, steps))
+            spent, state = _timed(partial(variant.engine.prefill, ids, routing=routing))
+            step_spent, _ = _timed(partial(_decode, variant.engine, state, ids, steps))
             variant.state = State(
                 state.logits[:, -1:], state.routing, state.scores, state.mask, None
             )

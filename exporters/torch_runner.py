@@ -50,10 +50,8 @@ class TorchRunner(Runner):
         device = model.device
         # The caller's state stays usable: a cache that grows is a copy. Tensors are
         # replaced, never written to, so only the lists of them are new.
-        if cache is None:
-            cache = RoutedCache(model.config, self.routers.layers)
-        else:
-            cache = _fork(cache)
+        empty = cache is None
+        cache = RoutedCache(model.config, self.routers.layers) if empty else _fork(cache)
         if cache.decisions is None:
             cache.open(len(input_ids), device, forced(torch.from_numpy(routing)))
         new = input_ids.shape[1]

@@ -137,6 +137,9 @@ class _TracedPass:
 
 
 class _Trunk(nn.Module):
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, model: PreTrainedModel, routers: Routers) -> None:
         super().__init__()
         self.model = model

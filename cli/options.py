@@ -1,0 +1,34 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+JSON_KEY = "mskip.json"
+
+
+def _note_json(context: typer.Context, value: bool) -> bool:
+    context.meta[JSON_KEY] = value  # shared by nested contexts: the error handler asks for it
+    return value
+
+
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON and nothing else.", callback=_note_json)
+]
+RunFolder = Annotated[
+    Path | None,
+    typer.Argument(metavar="[RUN]", help="Run folder; the last run if left out."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe; repeatable."),
+]
+Output = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Run folder; runs/<recipe's name> if left out.")
+]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Small grid: batch 1, contexts 128, 512, 2048; 3 repeats.")
+]

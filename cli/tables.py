@@ -1,0 +1,258 @@
+"""The reports of the steps as tables, within 80 columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from mskip.cli import console
+from mskip.cli.console import (
+    DIM,
+    WARNED,
+    capacity_words,
+    milliseconds,
+    say,
+    seconds,
+    shares,
+    size,
+    table,
+    verdict,
+)
+
+CAPACITY = ">capacity (skip rate)"
+
+
+def next_step(run: Path, command: str) -> None:
+    """Name the run folder and what comes after."""
+    if console.main_process():
+        say()
+        say(f"run folder: {run}", whole=True)
+        say(f"next: {command}", DIM, whole=True)
+
+
+def tuned(report: dict[str, Any]) -> None:
+    """Capacity by target, and the course of the loss."""
+    rows = [
+        [
+            shares(each["target"]),
+            shares(each["capacity"]),
+            f"{each['capacity'] - each['target']:+.3f}",
+            str(each["steps"]),
+        ]
+        for each in report["targets"]
+    ]
+    headings = [">target (skip rate)", ">reached, held-out", ">off by", ">steps"]
+    table("Tuned, before any calibration", headings, rows)
+    say()
+    trace = report["trace"]
+    if trace:
+        losses = f"{trace[0]['loss']:.3f} -> {trace[-1]['loss']:.3f}"
+        say(f"loss ({report['loss']}) {losses} in {len(trace)} steps")
+    say(f"{report['samples']} sequences, {seconds(report['seconds'])}")
+    for each in report["targets"]:
+        if abs(each["capacity"] - each["target"]) > 0.05:
+            say(
+                f"warning: target {each['target']:g} was missed by more than 0.05; "
+                "calibration can still place tau, at a price in quality.",
+                WARNED,
+            )
+
+
+def calibrated(report: dict[str, Any]) -> None:
+    """Capacity, tau, margins, warnings, and the layers."""
+    found, margins, prompts = report["capacity"], report["margins"], report["prompts"]
+    low, high = found["held_out_interval"]
+    table(
+        "Calibrated",
+        ["", CAPACITY, ""],
+        [
+            ["target", shares(report["target"]), ""],
+            ["calibration", shares(found["calibration"]), f"{prompts['calibration']} prompts"],
+            [
+                "held-out",
+                shares(found["held_out"]),
+                f"{prompts['held_out']} prompts, 95 % interval {low:.3f} .. {high:.3f}",
+            ],
+        ],
+    )
+    layer_bars(report)
+    say()
+    tau = report["tau"]
+    one = f"tau {tau[0]:.6f} for all layers" if not report["per_layer"] else "tau as in the table"
+    say(f"{one}, found in {report['evaluations']} passes over prompts")
+    say(
+        f"margins |score - tau|: min {margins['min']:.2g}, 5 % {margins['p05']:.2g}, "
+        f"median {margins['median']:.2g}"
+    )
+    for warning in report["warnings"]:
+        say(f"warning: {warning}", WARNED)
+
+
+def layer_bars(calibration: dict[str, Any]) -> None:
+    """Held-out capacity of every routed layer."""
+    rows = []
+    for row in calibration["layers"]:
+        always = {"skip": "always skips", "execute": "always executes"}.get(row["constant"] or "")
+        bar = console.bar(row["capacity"], 24)
+        rows.append([str(row["layer"]), shares(row["capacity"]), bar, f"{row['tau']:.4f}", always])
+    table(
+        "Layers, held-out",
+        [">layer", CAPACITY, "0                      1", ">tau", ""],
+        [[cell or "" for cell in row] for row in rows],
+    )
+
+
+def exported(report: dict[str, Any], run: Path) -> None:
+    """Where the graph is and what it took."""
+    peak = f"{size(report['peak_rss_bytes'])}, {report['peak_memory_over_weights']:g} x weights"
+    removed = ", ".join(str(layer) for layer in report["static_removed"]) or "none"
+    table(
+        "Exported",
+        ["", ""],
+        [
+            ["format", f"ONNX, opset {report['opset']}, IR {report['ir_version']}"],
+            ["conditional attentions", str(report["if_nodes"])],
+            ["size with peers", size(report["bytes"])],
+            ["onnx.checker", report["checker"]],
+            ["static peer lacks layers", removed],
+            ["peak memory", peak],
+            ["time", seconds(report["seconds"])],
+        ],
+    )
+    say()
+    say(str(run / report["file"]), whole=True)
+
+
+def _value(value: float | None) -> str:
+    return "not run" if value is None else f"{value:.6g}" if abs(value) >= 1e-3 else f"{value:.2g}"
+
+
+def validated(report: dict[str, Any]) -> None:
+    """Every gate with its limit, and the flips."""
+    rows: list[list[str | Text]] = []
+    for gate in report["gates"]:
+        passed = gate["passed"]
+        outcome = Text("not run", WARNED) if passed is None else verdict(passed)
+        limit = f"{gate.get('comparison', '')} {_value(gate['limit'])}".strip()
+        rows.append([gate["name"], _value(gate["value"]), limit, outcome])
+    table(f"PyTorch against {report['engine']}", ["gate", ">value", ">limit", ""], rows)
+    say()
+    decisions, tokens = report["decisions"], report["tokens"]
+    flips = decisions["flips"]
+    margin = decisions.get("min_margin")
+    nearest = "" if margin is None else f"; nearest score to tau: {margin:.2g}"
+    say(f"{decisions.get('calls', 'all')} decisions, {len(flips)} flips{nearest}")
+    for flip in flips[:5]:
+        say("flip: " + ", ".join(f"{key} {value}" for key, value in flip.items()), WARNED)
+    say(f"{tokens['prompts']} prompts, {tokens['steps']} greedy steps each")
+    say(Text.assemble("validation ", verdict(report["status"] == "passed")))
+
+
+def benched(report: dict[str, Any]) -> None:
+    """A table a phase, times in ms."""
+    for phase, unit in (("prefill", "ms a prompt batch"), ("decode", "ms a token")):
+        rows = [
+            [
+                str(row["batch"]),
+                str(row["context"]),
+                shares(row["capacity"], 2),
+                *(
+                    milliseconds(row.get(f"{name}_ms"))
+                    for name in ("dense", "routed", "execute", "skip", "static")
+                ),
+                f"{row['speedup']:.2f}x",
+                f"±{row['spread']:.0%}",
+                "-" if row["efficiency"] is None else f"{row['efficiency']:.0%}",
+            ]
+            for row in report["rows"]
+            if row["phase"] == phase
+        ]
+        if rows:
+            headings = [
+                *(">batch", ">con-\ntext", ">capacity\n(skip rate)", ">dense", ">routed"),
+                *(">exe-\ncute", ">skip", ">static", ">speed-\nup", ">spread", ">effi-\nciency"),
+            ]
+            table(f"{phase.capitalize()}, {unit}", headings, rows)
+    say()
+    repeats = sorted({row["repeats"] for row in report["rows"]})
+    say(
+        f"medians of {', '.join(map(str, repeats))} interleaved rounds; speedup: dense / routed; "
+        "efficiency: time saved by skipping all / by removing all.",
+        DIM,
+    )
+    if machine := report.get("machine"):
+        say(f"{machine['cpu']}, {machine['cores']} cores, {machine['onnxruntime']}", DIM)
+
+
+def evaluated(report: dict[str, Any]) -> None:
+    """Quality of the methods side by side."""
+    rows = [
+        [
+            row["method"],
+            shares(row["capacity"]),
+            f"{row['kl']:.4f}",
+            f"{row['perplexity']:.3f}",
+            ", ".join(str(layer) for layer in row["layers_removed"]),
+        ]
+        for row in report["rows"]
+    ]
+    title = f"Quality on {report['data']}: {report['prompts']} prompts, {report['tokens']} tokens"
+    table(title, ["method", CAPACITY, ">KL", ">perplexity", "without layers"], rows)
+    say()
+    if report["routed_over_static"] is not None:
+        say(f"KL of routed / best static: {report['routed_over_static']:.3f}")
+    say("KL: nats a token from the dense model; lower is closer", DIM)
+
+
+def summary(reports: dict[str, Any]) -> None:
+    """A whole run in one table."""
+    found, quality = reports["calibrate"]["capacity"], reports["eval"]
+    low, high = found["held_out_interval"]
+    kl = {row["method"]: row for row in quality["rows"]}
+    best = min(
+        (row for row in quality["rows"] if row["method"].startswith("static")),
+        key=lambda row: float(row["kl"]),
+    )
+    validation, tokens = reports["validate"], reports["validate"]["tokens"]
+    passed = sum(gate["passed"] is True for gate in validation["gates"])
+    rows: list[list[str | Text]] = [
+        ["capacity", capacity_words(found["held_out"]), f"95 % {low:.3f} .. {high:.3f}, held-out"],
+        ["KL to dense, routed", f"{kl['routed']['kl']:.4f}", "nats a token"],
+        ["  best static removal", f"{best['kl']:.4f}", best["method"]],
+        [
+            "perplexity",
+            f"{kl['routed']['perplexity']:.3f}",
+            f"dense {kl['dense']['perplexity']:.3f}, static {best['perplexity']:.3f}",
+        ],
+        [
+            "parity with PyTorch",
+            verdict(validation["status"] == "passed"),
+            f"{passed} of {len(validation['gates'])} gates",
+        ],
+        [
+            "  decisions agree",
+            f"{validation['decisions']['agreement']:.2%}",
+            f"{len(validation['decisions']['flips'])} flips",
+        ],
+        [
+            "  logits, forced equal",
+            f"{validation['logits']['max_abs']:.2g}",
+            f"max abs; {tokens['match']:.2%} of {tokens['prompts']} prompts same tokens",
+        ],
+    ]
+    for row in reports["bench"]["rows"]:
+        rows.append(
+            [
+                f"{row['phase']} {row['batch']} x {row['context']}",
+                f"{row['speedup']:.2f}x dense",
+                f"skip all {row['execute_ms'] / row['skip_ms']:.2f}x execute all; "
+                f"±{row['spread']:.0%}",
+            ]
+        )
+    table("The run", ["", "result", ""], rows)
+    failed = [gate["name"] for gate in validation["gates"] if gate["passed"] is False]
+    if failed:
+        say()
+        say(f"failed gates: {', '.join(failed)}", console.FAILED)

@@ -1,0 +1,666 @@
+"""Tuning: what is trained, what holds the capacity, and that nothing depends on interruptions,
+micro-batches or processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mskip.compressor.baselines import measure_sensitivity, router_inputs
+from mskip.compressor.calibration import PromptScorer
+from mskip.compressor.checkpoints import CheckpointMixin
+from mskip.compressor.encoding import Sample, collate
+from mskip.compressor.errors import ArtifactError
+from mskip.compressor.evaluation import Reference
+from mskip.compressor.models import BaseModel
+from mskip.compressor.objective import Step
+from mskip.compressor.recipe import RouterSpec, TuningSpec
+from mskip.compressor.router import Routers
+from mskip.compressor.routing import Execute
+from mskip.compressor.sampling import GroupedByLength
+from mskip.compressor.segments import SplitModel
+from mskip.compressor.skipping import patched
+from mskip.compressor.starting import first_price, initialise
+from mskip.compressor.stems import StemStore
+from mskip.compressor.tuning import Interrupted, RouterObjective, Tuned, tune
+
+MakeBase = Callable[..., BaseModel]
+MakeSamples = Callable[..., list[Sample]]
+LAYERS = [2, 3, 4]
+
+
+def spec(**changes: Any) -> TuningSpec:
+    """Eight steps of eight samples in float32, unless changed."""
+    return TuningSpec(**{"bf16": False, "max_steps": 8, "save_steps": 100, **changes})
+
+
+def start(
+    base: BaseModel, layers: list[int], samples: list[Sample], target: float
+) -> tuple[Routers, float]:
+    """Routers at the recipe's start for a target, and the first price."""
+    with patched(base.model, layers):
+        reference = Reference(base, layers[0], samples[:16])
+        sensitivity = measure_sensitivity(reference, layers)
+        inputs = router_inputs(reference)
+    routers = Routers(layers, base.model.config.hidden_size)
+    initialise(routers, RouterSpec(), inputs, sensitivity, target)
+    return routers, first_price(sensitivity.kl, target)
+
+
+def executed_share(base: BaseModel, routers: Routers, samples: list[Sample]) -> float:
+    """Capacity at tau 0.5, in the real gated forward pass."""
+    with patched(base.model, routers.layers):
+        scorer = PromptScorer(base, routers, samples)
+        tau = torch.full((len(routers.layers),), 0.5)
+        decisions, _ = scorer(tau, list(range(len(samples))))
+    return float(decisions.float().mean())
+
+
+def assert_same_outcome(ours: Tuned, theirs: Tuned, atol: float) -> None:
+    """The same routers and the same trace."""
+    for name, value in theirs.routers.state_dict().items():
+        torch.testing.assert_close(ours.routers.state_dict()[name], value, rtol=0, atol=atol)
+    assert_same_trace(ours.trace, theirs.trace, atol)
+
+
+def assert_same_trace(ours: list[Step], theirs: list[Step], atol: float) -> None:
+    assert [step.step for step in ours] == [step.step for step in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert vars(mine) == pytest.approx(vars(other), rel=1e-5, abs=atol)
+
+
+# -- the constraint ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deep(make_base: MakeBase) -> tuple[BaseModel, list[int]]:
+    """Ten layers, of which eight are routed: capacity has steps of an eighth a prompt."""
+    return make_base(1, num_hidden_layers=10), list(range(1, 9))
+
+
+@pytest.mark.parametrize("target", [0.75, 0.5, 0.25])
+def test_constraint_holds_the_target(
+    deep: tuple[BaseModel, list[int]], make_samples: MakeSamples, tmp_path: Path, target: float
+) -> None:
+    """With it every target is met before any calibration; without it everything executes."""
+    base, layers = deep
+    tuning, held_out = (make_samples(96, seed, prompt=(6, 10)) for seed in (0, 5))
+    reached = {}
+    for pressed, settings in ((True, {}), (False, {"constraint": "hinge", "hinge_weight": 0.0})):
+        routers, price = start(base, layers, tuning, target)
+        wanted = spec(max_steps=40, batch_size=16, **settings)
+        outcome = tune(base, routers, tuning, wanted, target, tmp_path, start_price=price)
+        assert outcome.trace[0].capacity == pytest.approx(target, abs=0.05)
+        reached[pressed] = [executed_share(base, routers, part) for part in (tuning, held_out)]
+    assert reached[True] == pytest.approx([target, target], abs=0.1)
+    assert min(reached[False]) > 0.8
+
+
+# -- what is trained, and what is not -----------------------------------------------------------
+
+
+def test_backbone_stays_as_it_was(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    samples = make_samples(16)
+    routers, price = start(base, LAYERS, samples, 0.5)
+    before = {name: value.clone() for name, value in base.model.state_dict().items()}
+    fresh = {name: value.clone() for name, value in routers.state_dict().items()}
+    tune(base, routers, samples, spec(max_steps=3), 0.5, tmp_path, start_price=price)
+    for name, value in base.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(p.grad is None and not p.requires_grad for p in base.model.parameters())
+    assert not base.model.training
+    assert all("forward" not in layer.self_attn.__dict__ for layer in base.model.model.layers)
+    changed = {n for n, value in routers.state_dict().items() if not torch.equal(value, fresh[n])}
+    assert changed == {"weight", "bias"}
+    assert not any(parameter.requires_grad for parameter in routers.parameters())
+
+
+def test_a_router_without_bias_gets_none(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    routers = Routers(LAYERS, 32, bias=False)
+    tune(base, routers, make_samples(16), spec(max_steps=3), 0.5, tmp_path)
+    assert not routers.bias.any()
+    assert routers.weight.any()
+
+
+def test_no_backward_below_the_first_routed_layer(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    samples = make_samples(16)
+    routers, price = start(base, LAYERS, samples, 0.5)
+    seen: dict[int, set[bool]] = {layer: set() for layer in range(6)}
+    hooks = [
+        block.register_forward_hook(
+            lambda _, __, output, layer=layer: seen[layer].add(output.requires_grad)
+        )
+        for layer, block in enumerate(base.model.model.layers)
+    ]
+    hooks.append(
+        base.model.model.layers[2].self_attn.register_forward_hook(
+            lambda _, __, output: seen.setdefault(-1, set()).add(output[0].requires_grad)
+        )
+    )
+    tune(base, routers, samples, spec(max_steps=2), 0.5, tmp_path, start_price=price)
+    for hook in hooks:
+        hook.remove()
+    assert seen[0] == seen[1] == {False}
+    assert seen[2] == {False, True}  # the dense pass and the student's
+    assert seen[5] == {False, True}
+
+
+@pytest.fixture
+def forwards(base: BaseModel) -> Iterator[dict[int, int]]:
+    """How often each decoder layer has run."""
+    counts = dict.fromkeys(range(6), 0)
+
+    def counter(layer: int) -> Callable[..., None]:
+        def count(*_: Any) -> None:
+            counts[layer] += 1
+
+        return count
+
+    hooks = [
+        block.register_forward_hook(counter(layer))
+        for layer, block in enumerate(base.model.model.layers)
+    ]
+    yield counts
+    for hook in hooks:
+        hook.remove()
+
+
+def test_dense_activations_are_computed_once(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path, forwards: dict[int, int]
+) -> None:
+    """Two epochs of two batches: the lower layers run in the first alone."""
+    samples = make_samples(16, prompt=(3, 12))
+    outcomes, counts = [], []
+    for cache in (2.0, 0.0):
+        routers, price = start(base, LAYERS, samples, 0.5)
+        forwards.update(dict.fromkeys(forwards, 0))
+        wanted = spec(max_steps=-1, epochs=2.0, cache_gib=cache)
+        outcomes.append(tune(base, routers, samples, wanted, 0.5, tmp_path, start_price=price))
+        counts.append((forwards[0], forwards[1], forwards[5]))
+    # Lower layers: once a batch. Upper layers: that, and the student's pass of every step.
+    assert counts == [(2, 2, 2 + 4), (4, 4, 4 + 4)]
+    assert_same_outcome(outcomes[0], outcomes[1], 1e-4)
+
+
+def test_stem_store_gives_what_it_would_compute(base: BaseModel, make_samples: MakeSamples) -> None:
+    """Samples kept from one batch come out right in another, with another padding."""
+    samples = make_samples(6, prompt=(2, 12))
+    split = SplitModel(base.model, 2)
+    kept, recomputed = StemStore(split, samples, 2**30), StemStore(split, samples, 0)
+
+    def batch(numbers: list[int]) -> tuple[dict[str, Tensor], Tensor]:
+        return collate([samples[number] for number in numbers], 0), torch.tensor(numbers)
+
+    for numbers in ([0, 1, 2], [3, 4, 5]):
+        kept.get(*batch(numbers))
+    for numbers in ([4, 0], [5, 1, 3], [2]):
+        rows, index = batch(numbers)
+        ours, theirs = kept.get(rows, index), recomputed.get(rows, index)
+        real = rows["attention_mask"].bool()
+        torch.testing.assert_close(ours[0].hidden[real], theirs[0].hidden[real])
+        torch.testing.assert_close(ours[1], theirs[1])
+        torch.testing.assert_close(
+            split.finish(ours[0])[rows["answer_mask"]], theirs[1], rtol=1e-5, atol=1e-5
+        )
+    assert kept.used > 0
+    assert recomputed.used == 0
+
+
+def test_stem_store_keeps_to_its_budget(base: BaseModel, make_samples: MakeSamples) -> None:
+    samples = make_samples(6, prompt=(8, 8), answer=(4, 4))
+    each = (12 + 4) * 32 * 4  # positions and answer tokens, hidden, bytes
+    store = StemStore(SplitModel(base.model, 2), samples, 3 * each + 5)
+    batch = collate(samples, 0)
+    first = store.get(batch, torch.arange(6))
+    assert store.used == 3 * each
+    again = store.get(batch, torch.arange(6))
+    assert store.used == 3 * each
+    torch.testing.assert_close(first[1], again[1])
+
+
+# -- the loss ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples in the order of their numbers, so that the sets of a step can be compared."""
+    monkeypatch.setattr(GroupedByLength, "__iter__", lambda self: iter(range(len(self.lengths))))
+
+
+@pytest.mark.usefixtures("in_order")
+def test_accumulation_changes_nothing(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    """The loss is the mean over the answer tokens of the whole step, however it is cut up."""
+    samples = make_samples(24, answer=(1, 12))
+    outcomes = []
+    for size, accumulation in ((8, 1), (4, 2), (2, 4)):
+        routers, price = start(base, LAYERS, samples, 0.5)
+        wanted = spec(batch_size=size, gradient_accumulation=accumulation, max_steps=6)
+        outcomes.append(tune(base, routers, samples, wanted, 0.5, tmp_path, start_price=price))
+    assert_same_outcome(outcomes[1], outcomes[0], 1e-5)
+    assert_same_outcome(outcomes[2], outcomes[0], 1e-5)
+
+
+@pytest.mark.usefixtures("in_order")
+@pytest.mark.parametrize("loss", ["lm", "kl"])
+def test_first_loss_is_that_of_the_start(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path, loss: str
+) -> None:
+    """All-zero routers execute everything: KL zero, next-token loss that of the dense model."""
+    samples = make_samples(16)
+    routers = Routers(LAYERS, 32)
+    wanted = spec(loss=loss, relaxation="straight_through", max_steps=2)
+    trace = tune(base, routers, samples, wanted, 0.5, tmp_path).trace
+    batch = collate(samples[:8], 0)
+    logits = base.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    surprise = F.cross_entropy(
+        logits[batch["answer_mask"]], batch["input_ids"].roll(-1, 1)[batch["answer_mask"]]
+    )
+    assert trace[0].loss == pytest.approx(surprise.item() if loss == "lm" else 0.0, abs=1e-5)
+    assert trace[0].capacity == 1.0
+
+
+@pytest.mark.usefixtures("in_order")
+def test_paper_form(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zero start, straight-through gates, hinge: the gradient of LM loss + lambda * hinge."""
+    weight, target = 3.0, 0.4
+    samples = make_samples(8)
+    routers = Routers(LAYERS, 32, bias=False)
+    gradients: list[Tensor] = []
+    forward = RouterObjective.forward
+
+    def watch(self: RouterObjective, *args: Any, **kwargs: Any) -> Any:
+        if not gradients:
+            routers.weight.register_hook(lambda gradient: gradients.append(gradient.clone()))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(RouterObjective, "forward", watch)
+    wanted = spec(
+        loss="lm",
+        relaxation="straight_through",
+        temperature=1.0,
+        constraint="hinge",
+        hinge_weight=weight,
+        max_steps=1,
+    )
+    tune(base, routers, samples, wanted, target, tmp_path)
+
+    own = torch.zeros(len(LAYERS), 32, requires_grad=True)
+    batch = collate(samples, 0)
+    mask = batch["prompt_mask"].float()[..., None]
+    gates = []
+
+    def routing(index: int, hidden: Tensor, execute: Execute) -> Tensor:
+        mean = (hidden * mask).sum(1) / mask.sum(1)
+        score = torch.sigmoid(mean @ own[index])
+        gate = (score >= 0.5).float() + score - score.detach()
+        gates.append(gate)
+        return execute(None) * gate[:, None, None]
+
+    with patched(base.model, LAYERS):
+        hidden = base.model.model(
+            batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            routing=routing,
+            use_cache=False,
+        ).last_hidden_state
+    logits = base.model.lm_head(hidden[batch["answer_mask"]])
+    answers = batch["input_ids"].roll(-1, 1)[batch["answer_mask"]]
+    capacity = torch.stack(gates).mean()
+    hinge = weight * (capacity - target).clamp(min=0)
+    (F.cross_entropy(logits, answers) + hinge).backward()
+    torch.testing.assert_close(gradients[0], own.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_runs(base: BaseModel, make_samples: MakeSamples, tmp_path: Path) -> None:
+    """Under autocast the scores stay float32 and the loss finite."""
+    samples = make_samples(16)
+    routers, price = start(base, LAYERS, samples, 0.5)
+    outcome = tune(base, routers, samples, spec(bf16=True), 0.5, tmp_path, start_price=price)
+    assert all(0 <= step.loss < 100 for step in outcome.trace)
+    assert outcome.routers.weight.dtype == torch.float32
+    assert outcome.routers.weight.isfinite().all()
+
+
+# -- the course of a run ----------------------------------------------------------------------
+
+
+def test_trace_holds_what_was_in_force_during_the_step(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    samples = make_samples(16)
+    routers, price = start(base, LAYERS, samples, 0.5)
+    shown: list[tuple[str, int, int]] = []
+    wanted = spec(
+        max_steps=4, warmup_ratio=0.0, lr_scheduler="linear", lr_scheduler_kwargs={}, noise_until=1
+    )
+    trace = tune(
+        base, routers, samples, wanted, 0.5, tmp_path, start_price=price,
+        progress=lambda stage, done, total, note="": shown.append((stage, done, total)),
+    ).trace  # fmt: skip
+    assert [step.learning_rate for step in trace] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert [step.noise for step in trace] == pytest.approx([1.0, 0.75, 0.5, 0.25])
+    assert trace[0].price == pytest.approx(price)
+    assert trace[1].price == pytest.approx(price * (1 + 6.4 * (trace[0].capacity - 0.5)))
+    assert shown == [("tune", done, 4) for done in (1, 2, 3, 4)]
+
+
+def test_every_epoch_has_its_own_order_and_every_step_its_own_noise(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[list[int]] = []
+    noise: list[int] = []
+    forward = RouterObjective.forward
+
+    def watch(self: RouterObjective, **kwargs: Any) -> Any:
+        order.append(kwargs["index"].tolist())
+        noise.append(kwargs["noise_seed"])
+        return forward(self, **kwargs)
+
+    monkeypatch.setattr(RouterObjective, "forward", watch)
+    routers = Routers(LAYERS, 32)
+    tune(base, routers, make_samples(24), spec(max_steps=-1, epochs=2.0), 0.5, tmp_path)
+    first, second = sum(order[:3], []), sum(order[3:], [])
+    assert sorted(first) == sorted(second) == list(range(24))
+    assert first != second
+    assert len(set(noise)) == 6
+
+
+# -- checkpoints ------------------------------------------------------------------------------
+
+
+def test_checkpoints_hold_routers_and_plain_data(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Routers only, in safetensors and JSON; nothing is pickled."""
+    monkeypatch.setattr(torch, "save", refuse)
+    routers, price = start(base, LAYERS, make_samples(16), 0.5)
+    wanted = spec(max_steps=6, save_steps=2)
+    tune(base, routers, make_samples(16), wanted, 0.5, tmp_path, start_price=price)
+    folders = sorted(tmp_path.iterdir())
+    assert [folder.name for folder in folders] == ["checkpoint-4", "checkpoint-6"]  # the last two
+    for folder in folders:
+        assert sorted(path.name for path in folder.iterdir()) == [
+            "optimizer.safetensors",
+            "progress.json",
+            "routers.safetensors",
+            "trainer_state.json",
+        ]
+        saved = load_file(folder / "routers.safetensors")
+        assert set(saved) == {"weight", "bias", "center", "scale"}
+    assert all(torch.equal(saved[name], value) for name, value in routers.state_dict().items())
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert size < 8 * routers.weight.numel() * 4
+
+
+def refuse(*_: Any, **__: Any) -> NoReturn:
+    raise AssertionError("something is pickled")
+
+
+def interrupt_at(step: int, times: int = 1) -> Callable[..., None]:
+    """A progress that presses Ctrl-C at a step."""
+
+    def progress(stage: str, done: int, total: int, note: str = "") -> None:
+        if done == step:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    return progress
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("step", [2, 4, 7])
+def test_interrupted_and_resumed_is_uninterrupted(
+    base: BaseModel,
+    make_samples: MakeSamples,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    accumulation: int,
+) -> None:
+    """Ctrl-C in the first, second or third epoch leaves one checkpoint, and --resume goes on."""
+    samples = make_samples(24, prompt=(6, 6), answer=(4, 4))
+    wanted = spec(batch_size=8 // accumulation, gradient_accumulation=accumulation)
+
+    def run(folder: str, **options: Any) -> Tuned:
+        routers, price = start(base, LAYERS, samples, 0.5)
+        folder_path = tmp_path / folder
+        return tune(
+            base, routers, samples, wanted, 0.5, folder_path, start_price=price, **options
+        )
+
+    whole = run("whole")
+    for name in ("load", "save"):
+        monkeypatch.setattr(torch, name, refuse)
+    for name in ("load", "loads"):
+        monkeypatch.setattr(pickle, name, refuse)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match=f"stopped at step {step} of 8") as caught:
+        run("cut", progress=interrupt_at(step))
+    assert "--resume" in caught.value.remedy
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == [f"checkpoint-{step}"]
+    assert all("forward" not in layer.self_attn.__dict__ for layer in base.model.model.layers)
+    # What a run that was killed in the middle of a checkpoint leaves.
+    half = tmp_path / "cut" / f"checkpoint-{step + 1}"
+    half.mkdir()
+    (half / "routers.safetensors").write_bytes(b"half")
+    resumed = run("cut", resume=True)
+    assert_same_outcome(resumed, whole, 1e-7)
+
+
+def test_a_cut_state_file_makes_no_checkpoint(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    """The Trainer does not write its state whole; a cut one is a checkpoint cut short."""
+    samples = make_samples(16)
+    wanted = spec(max_steps=4, save_steps=2)
+    routers, price = start(base, LAYERS, samples, 0.5)
+    whole = tune(base, routers, samples, wanted, 0.5, tmp_path, start_price=price)
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    seen: list[int] = []
+    routers, _ = start(base, LAYERS, samples, 0.5)
+    resumed = tune(
+        base, routers, samples, wanted, 0.5, tmp_path, start_price=price, resume=True,
+        progress=lambda stage, done, total, note="": seen.append(done),
+    )  # fmt: skip
+    assert seen == [3, 4]
+    assert_same_outcome(resumed, whole, 1e-5)
+
+
+def test_resuming_what_is_finished_changes_nothing(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    """Also where the last step is in the middle of an epoch."""
+    samples = make_samples(24)
+    routers, price = start(base, LAYERS, samples, 0.5)
+    wanted = spec(max_steps=5)
+    whole = tune(base, routers, samples, wanted, 0.5, tmp_path, start_price=price)
+    routers, _ = start(base, LAYERS, samples, 0.5)
+    again = tune(base, routers, samples, wanted, 0.5, tmp_path, start_price=price, resume=True)
+    assert_same_outcome(again, whole, 0.0)
+
+
+def test_second_ctrl_c_stops_at_once(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        tune(
+            base, Routers(LAYERS, 32), make_samples(16), spec(), 0.5, tmp_path,
+            progress=interrupt_at(2, times=2),
+        )  # fmt: skip
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert all("forward" not in layer.self_attn.__dict__ for layer in base.model.model.layers)
+
+
+def test_ctrl_c_in_the_last_step_is_no_interruption(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    progress = interrupt_at(3)
+    routers = Routers(LAYERS, 32)
+    wanted = spec(max_steps=3)
+    outcome = tune(base, routers, make_samples(16), wanted, 0.5, tmp_path, progress=progress)
+    assert len(outcome.trace) == 3
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_without_a_checkpoint_it_starts_anew(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path, resume: bool
+) -> None:
+    samples, wanted = make_samples(16), spec(max_steps=2)
+    outcome = tune(
+        base, Routers(LAYERS, 32), samples, wanted, 0.5, tmp_path / "new", resume=resume
+    )
+    assert [step.step for step in outcome.trace] == [1, 2]
+
+
+def test_without_resume_a_checkpoint_is_left_alone(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    samples, wanted = make_samples(16), spec(max_steps=2)
+    outcomes = [tune(base, Routers(LAYERS, 32), samples, wanted, 0.5, tmp_path) for _ in range(2)]
+    assert_same_outcome(outcomes[1], outcomes[0], 0.0)
+
+
+@pytest.mark.parametrize("damage", ["routers", "optimizer", "progress", "no optimizer"])
+def test_damaged_checkpoint(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path, damage: str
+) -> None:
+    samples, routers = make_samples(16), Routers(LAYERS, 32)
+    with pytest.raises(Interrupted):
+        tune(base, routers, samples, spec(), 0.5, tmp_path, progress=interrupt_at(2))
+    folder = tmp_path / "checkpoint-2"
+    if damage == "progress":
+        (folder / "progress.json").write_text("{")
+    elif damage == "no optimizer":
+        (folder / "optimizer.safetensors").unlink()
+    else:
+        path = folder / f"{damage}.safetensors"
+        path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ArtifactError, match=r"checkpoint-2.*(progress|routers|optimizer)"):
+        tune(base, Routers(LAYERS, 32), samples, spec(), 0.5, tmp_path, resume=True)
+
+
+def test_newest_checkpoint_goes_by_number(tmp_path: Path) -> None:
+    class Arguments:
+        output_dir = str(tmp_path)
+
+    trainer = CheckpointMixin()
+    trainer.args = Arguments()
+    assert trainer.newest_checkpoint() is None
+    for step in (8, 10, 100, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-200").mkdir()
+    assert trainer.newest_checkpoint() == tmp_path / "checkpoint-100"
+
+
+# -- several processes --------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_processes(folder: Path, count: int) -> list[dict[str, Any]]:
+    """Run the job in ``folder`` as torchrun would, on gloo, and read what each process made."""
+    script = Path(__file__).with_name("two_processes.py")
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(folder)],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(count)]
+
+
+def test_two_processes_agree_with_one(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    """Two processes of four samples a step are one process of two times four.
+
+    accelerate deals whole batches in turn: what are two micro-batches in one process
+    are the two processes' batches here.
+    """
+    samples = make_samples(32, answer=(1, 12))
+    routers, price = start(base, LAYERS, samples, 0.5)
+    settings = {"bf16": False, "max_steps": 10, "batch_size": 4, "save_steps": 4}
+    base.model.save_pretrained(tmp_path / "model")
+    base.tokenizer.save_pretrained(tmp_path / "model")
+    save_file(routers.state_dict(), tmp_path / "start.safetensors")
+    job = {
+        "layers": LAYERS,
+        "samples": [[sample.input_ids, sample.prompt_length] for sample in samples],
+        "spec": settings,
+        "target": 0.5,
+        "price": price,
+        "resume": False,
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    ranks = run_processes(tmp_path, 2)
+    single = tune(
+        base, routers, samples, TuningSpec(**settings, gradient_accumulation=2), 0.5,
+        tmp_path / "single", start_price=price,
+    )  # fmt: skip
+    for rank in ranks:
+        assert rank["processes"] == 2
+        weight, bias = torch.tensor(rank["weight"]), torch.tensor(rank["bias"])
+        torch.testing.assert_close(weight, routers.weight.data, rtol=0, atol=1e-5)
+        torch.testing.assert_close(bias, routers.bias.data, rtol=0, atol=1e-5)
+        assert_same_trace([Step(**row) for row in rank["trace"]], single.trace, 1e-5)
+    assert ranks[0] == ranks[1]
+    print("two processes:", (torch.tensor(ranks[0]["weight"]) - routers.weight).abs().max())
+    # Checkpoints are made by one process, and hold what all have.
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "checkpoint-10",
+        "checkpoint-8",
+    ]
+    saved = load_file(tmp_path / "checkpoints" / "checkpoint-10" / "routers.safetensors")
+    assert torch.equal(saved["weight"], torch.tensor(ranks[0]["weight"]))
