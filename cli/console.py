@@ -148,6 +148,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) ->
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
     )
     made.show_edge = False
+    made.show_header = any(columns)
     for heading in columns:
         right = heading.startswith(">")
         made.add_column(heading.removeprefix(">"), justify="right" if right else "left")
@@ -161,6 +162,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) ->
 def verdict(passed: bool) -> Text:
     """The word and the colour of a gate."""
     return Text("passed", PASSED) if passed else Text("FAILED", FAILED)
+
+
+def decision(executed: bool) -> Text:
+    """The word and the colour of a decision."""
+    return Text("executed") if executed else Text("skipped", "cyan")
 
 
 # -- progress ---------------------------------------------------------------------------------

@@ -106,7 +106,10 @@ def run_all(
     output: Output = None,
     quick: Quick = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep finished steps, go on with the first other one.")
+        bool,
+        typer.Option(
+            "--resume", metavar="", help="Keep finished steps, go on with the first other one."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

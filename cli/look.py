@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from enum import Enum
+import time
+from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mskip.cli import console
-from mskip.cli.generation import Answer, Continuation, open_engine, prompt_ids
 from mskip.cli.options import AsJson, RunFolder
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from mskip.compressor.artifact import Run
 
 app = typer.Typer()
@@ -22,7 +21,7 @@ app = typer.Typer()
 BINS = 30
 
 
-class Engine(str, Enum):
+class Engine(StrEnum):
     """What runs the model."""
 
     torch = "torch"
@@ -79,7 +78,7 @@ def _default_engine(run: Run) -> Engine:
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer.")],
     run: Annotated[
-        "Path | None",
+        Path | None,
         typer.Option(metavar="FOLDER", help="Run folder; the last run if left out."),
     ] = None,
     engine: Annotated[
@@ -94,3 +93,66 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt, and show which layers it skipped."""
+    from mskip.cli import generation
+    from mskip.compressor.artifact import open_run
+    from mskip.compressor.errors import RecipeError
+
+    if tau is not None and not 0.0 <= tau <= 1.0:
+        raise RecipeError(f"tau {tau:g} is out of range.", "Scores lie in 0..1, and so does tau.")
+    opened = open_run(run)
+    live = not as_json and console.main_process()
+    with generation.opened_engine(opened, engine or _default_engine(opened)) as (runner, tokenizer):
+        ids = generation.prompt_ids(prompt, tokenizer)
+        text = generation.TextStream(tokenizer)
+        started = time.monotonic()
+        first = last = runner.prefill(generation.one(ids), tau=tau)
+        for token, state in generation.following(runner, first, max_new_tokens):
+            last = state
+            piece = text.add(token)
+            if live:
+                print(piece, end="", flush=True)
+        if live:
+            print(text.rest())
+        spent = time.monotonic() - started
+        report = {
+            "engine": runner.name,
+            "prompt_tokens": len(ids),
+            "tokens": text.tokens,
+            "text": text.text(),
+            "seconds": round(spent, 3),
+            **generation.routing_report(runner.contract, first, last, tau, runner.kv_bytes(last)),
+        }
+    console.emit(report, as_json, _show_routing)
+
+
+def _show_routing(report: dict[str, Any]) -> None:
+    console.table(
+        "Routing of this prompt",
+        [">layer", "attention", ">score", ">tau", "0        score        1"],
+        [
+            [
+                str(row["layer"]),
+                console.decision(row["executed"]),
+                f"{row['score']:.4f}",
+                f"{row['tau']:.4f}",
+                console.bar(row["score"], 21),
+            ]
+            for row in report["layers"]
+        ],
+    )
+    console.say()
+    executed = sum(row["executed"] for row in report["layers"])
+    console.say(
+        f"capacity {console.capacity_words(report['capacity'])}: "
+        f"{executed} of {len(report['layers'])} routed layers executed"
+    )
+    held, dense = report["kv_bytes"], report["kv_bytes_dense"]
+    console.say(
+        f"keys and values: {console.size(held)}; dense {console.size(dense)} "
+        f"({1 - held / dense:.0%} less)"
+    )
+    console.say(
+        f"{report['prompt_tokens']} prompt tokens, {len(report['tokens'])} new, "
+        f"{console.seconds(report['seconds'])}, {report['engine']}",
+        console.DIM,
+    )

@@ -56,7 +56,13 @@ def _print_version(wanted: bool) -> None:
 def _mskip(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+        typer.Option(
+            "--version",
+            metavar="",
+            help="Print the version.",
+            callback=_print_version,
+            is_eager=True,
+        ),
     ] = False,
 ) -> None:
     """Router-tuned language models that skip the attention they do not need.

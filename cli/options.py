@@ -16,7 +16,8 @@ def _note_json(context: typer.Context, value: bool) -> bool:
 
 
 AsJson = Annotated[
-    bool, typer.Option("--json", help="Print JSON and nothing else.", callback=_note_json)
+    bool,
+    typer.Option("--json", metavar="", help="Print JSON and nothing else.", callback=_note_json),
 ]
 RunFolder = Annotated[
     Path | None,
@@ -27,8 +28,12 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change one value of the recipe; repeatable."),
 ]
 Output = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="Run folder; runs/<recipe's name> if left out.")
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Run folder; runs/<recipe's name> if left out."),
 ]
 Quick = Annotated[
-    bool, typer.Option("--quick", help="Small grid: batch 1, contexts 128, 512, 2048; 3 repeats.")
+    bool,
+    typer.Option(
+        "--quick", metavar="", help="Small grid: batch 1, contexts 128, 512, 2048; 3 repeats."
+    ),
 ]

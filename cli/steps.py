@@ -121,13 +121,21 @@ def tune(
     output: Output = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on after an interruption; by default with the last run."),
+        typer.Option(
+            "--resume",
+            metavar="",
+            help="Go on after an interruption; by default with the last run.",
+        ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the recipe and the plan; write nothing.")
+        bool,
+        typer.Option("--dry-run", metavar="", help="Print the recipe and the plan; write nothing."),
     ] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings.")
+        bool,
+        typer.Option(
+            "--trust-remote-code", metavar="", help="Run Python code that the model brings."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -171,7 +179,9 @@ def calibrate(
     per_layer: Annotated[
         bool | None,
         typer.Option(
-            "--per-layer/--global", help="One tau a layer, or one for all; the recipe says which."
+            "--per-layer/--global",
+            metavar="",
+            help="One tau a layer, or one for all; the recipe says which.",
         ),
     ] = None,
     as_json: AsJson = False,
@@ -201,9 +211,15 @@ def calibrate(
 @app.command(rich_help_panel="Steps of a run", epilog="Example: mskip export --onnx")
 def export(
     run: RunFolder = None,
-    onnx: Annotated[bool, typer.Option("--onnx", help="ONNX graph (the default).")] = False,
-    trt: Annotated[bool, typer.Option("--trt", help="TensorRT engine: not yet.")] = False,
-    triton: Annotated[bool, typer.Option("--triton", help="Triton repository: not yet.")] = False,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", metavar="", help="ONNX graph (the default).")
+    ] = False,
+    trt: Annotated[
+        bool, typer.Option("--trt", metavar="", help="TensorRT engine: not yet.")
+    ] = False,
+    triton: Annotated[
+        bool, typer.Option("--triton", metavar="", help="Triton repository: not yet.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Export the conditional graph, with its contract and tokenizer."""

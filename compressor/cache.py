@@ -51,7 +51,7 @@ class RoutedLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        super().reset()  # type: ignore[no-untyped-call]
+        super().reset()
         self.seen = 0
 
     def select(self, rows: Tensor) -> None:

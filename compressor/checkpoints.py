@@ -40,6 +40,14 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
+def _state(checkpoint: Path) -> dict[str, Any] | None:
+    try:
+        state: dict[str, Any] = read_json(checkpoint / _STATE, "state of the trainer")
+    except ArtifactError:
+        return None
+    return state
+
+
 class CheckpointMixin(_Base):
     """What `RouterTrainer` saves and restores; overrides the Trainer's own methods."""
 
@@ -49,13 +57,29 @@ class CheckpointMixin(_Base):
     def newest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint in the output folder.
 
-        The Trainer writes its state last, so a folder without it was cut short.
+        The Trainer writes its state last, so a folder without it, or with half of it, was
+        cut short.
         """
         folder = Path(str(self.args.output_dir))
-        found = [path for path in folder.glob("checkpoint-*") if (path / _STATE).is_file()]
+        found = [path for path in folder.glob("checkpoint-*") if _state(path) is not None]
         return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
+    def restore_finished(self, checkpoint: Path) -> bool:
+        """Load routers and trace of a run's last step; False, and nothing loaded, of another.
+
+        The Trainer would go on for a further step where the last one was inside an epoch.
+        """
+        state = _state(checkpoint) or {}
+        if state["global_step"] < state["max_steps"]:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        progress = read_json(checkpoint / _PROGRESS, "tuning progress")
+        self.trace[:] = [Step(**row) for row in progress["trace"]]
+        return True
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:  # One process of several writes.
+            return
         folder = Path(str(output_dir or self.args.output_dir))
         # A folder of the same step was cut short, or it would not be written again.
         shutil.rmtree(folder, ignore_errors=True)
@@ -111,5 +135,9 @@ class CheckpointMixin(_Base):
         self.lr_scheduler.load_state_dict(
             {**self.lr_scheduler.state_dict(), **progress["scheduler"]}
         )
+        # The scheduler hands its rate to the optimiser only after the next step.
+        rates = self.lr_scheduler.get_last_lr()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         self.constraint.restore(progress["constraint"])
         self.trace[:] = [Step(**row) for row in progress["trace"]]

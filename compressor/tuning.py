@@ -201,6 +201,7 @@ class RouterTrainer(CheckpointMixin, Trainer):
         self.lengths = [len(sample.input_ids) for sample in data.samples]
         self._seen: list[Tensor] = []
         self._sequences = 1
+        self._in_force = 0.0, 0.0
         super().__init__(
             model=objective,
             args=args,
@@ -238,9 +239,11 @@ class RouterTrainer(CheckpointMixin, Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Task loss plus the price of capacity, both averaged over the whole optimiser step."""
+        noise = self.noise_scale()
+        self._in_force = noise, self._get_learning_rate()
         outputs = model(
             **inputs,
-            noise_scale=self.noise_scale(),
+            noise_scale=noise,
             noise_seed=self.args.seed * 1_000_003 + self.state.global_step,
             num_items_in_batch=num_items_in_batch,
         )
@@ -262,9 +265,8 @@ class RouterTrainer(CheckpointMixin, Trainer):
         capacity = float(executed) / (self._sequences * routed)
         price = self.constraint.price
         self.constraint.observe(capacity)
-        rate = self._get_learning_rate()
         step = self.state.global_step
-        self.trace.append(Step(step, float(task), capacity, price, self.noise_scale(), rate))
+        self.trace.append(Step(step, float(task), capacity, price, *self._in_force))
         self.progress(
             "tune", step, self.state.max_steps, f"loss {float(task):.3f}  capacity {capacity:.2f}"
         )
@@ -287,7 +289,10 @@ def _stop_after_step(trainer: RouterTrainer) -> Iterator[dict[str, bool]]:
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: TrainerControl, **_: Any) -> Any:
-            if flag["stopped"]:
+            # Several processes are told at different moments, and must stop after one step.
+            told = torch.tensor(int(flag["stopped"]), device=args.device)
+            if int(trainer.accelerator.reduce(told, reduction="sum")):
+                flag["stopped"] = True
                 control.should_save = control.should_training_stop = True
             return control
 
@@ -425,6 +430,8 @@ def tune(
         progress,
     )
     found = trainer.newest_checkpoint() if resume else None
+    if found is not None and trainer.restore_finished(found):
+        return Tuned(routers.eval().requires_grad_(False), trainer.trace)
     with patched(base.model, routers.layers), _stop_after_step(trainer) as flag:
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
     if flag["stopped"] and trainer.state.global_step < trainer.state.max_steps:

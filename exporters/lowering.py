@@ -223,7 +223,25 @@ class _Builder:
         common.RemoveUnusedNodesPass()(self.model)
         inputs = {spec.name for spec in contract.inputs()}
         for value in [value for value in self.graph.inputs if value.name not in inputs]:
+            self._measure_elsewhere(value, contract)
             self.graph.inputs.remove(value)
+
+    def _measure_elsewhere(self, dropped: ir.Value, contract: Contract) -> None:
+        """Read the sizes that the trace took from an input that goes from one that stays."""
+        symbols = {spec.name: spec.axes for spec in self.traced.contract.inputs()}
+        sources = {value.name: value for value in self.graph.inputs}
+        for use in list(dropped.uses()):
+            node = use.node
+            assert node.op_type == "Shape"
+            symbol = symbols[dropped.name or ""][node.attributes["start"].as_int()]
+            name, axis = next(
+                (spec.name, spec.axes.index(symbol))
+                for spec in contract.inputs()
+                if symbol in spec.axes
+            )
+            node.replace_input_with(0, sources[name])
+            node.attributes["start"] = ir.AttrInt64("start", axis)
+            node.attributes["end"] = ir.AttrInt64("end", axis + 1)
 
     def finish(self, contract: Contract) -> ir.Model:
         """Fold weight transposes, drop what is unused, name the axes."""
