@@ -2,7 +2,7 @@
 # `make test` runs the tests. Both create the environment they need.
 #
 # On Linux the public index gives torch with CUDA; for the smaller CPU build:
-#   make demo TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu"
+#   make demo TORCH_FLAGS="..."   (the flags that pytorch.org gives for the CPU build)
 
 PYTHON ?= python3.11
 VENV ?= .venv

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -62,6 +63,12 @@ def say(text: Cell = "", style: str | None = None, *, whole: bool = False) -> No
     console().print(text, style=style, soft_wrap=whole)
 
 
+def note(text: str) -> None:
+    """Print a line about what goes on, on stderr."""
+    if main_process():
+        console(stderr=True).print(text, style="bold", soft_wrap=True)
+
+
 def complain(message: str, remedy: str) -> None:
     """Print an error and what to do about it on stderr."""
     screen = console(stderr=True)
@@ -78,6 +85,14 @@ def emit(report: Any, as_json: bool, show: Callable[[Any], None]) -> None:
         print(json.dumps(report, indent=2))
     else:
         show(report)
+
+
+def shown(path: Path | str) -> str:
+    """A path from here, where it lies below this folder."""
+    try:
+        return str(Path(path).resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
 
 
 # -- figures ----------------------------------------------------------------------------------
@@ -118,6 +133,17 @@ def size(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers with runs drawn together: 3, 5-7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
 def bar(share: float, width: int) -> str:
     """A horizontal bar of ``share`` of ``width`` columns, to an eighth of a column."""
     eighths = round(min(max(share, 0.0), 1.0) * width * 8)
@@ -145,7 +171,12 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Cell]]) ->
         rows: cells as text, taken as it stands.
     """
     made = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     made.show_edge = False
     made.show_header = any(columns)
@@ -185,7 +216,6 @@ class _Bars:
             self.close()
             self.stage = stage
             self.task = self.bars.add_task(stage, total=total, note=note)
-        note = note or ("" if done < total else self.bars.tasks[-1].fields["note"])
         self.bars.update(self.task, completed=done, total=total, note=note)
 
     def close(self) -> None:
@@ -207,7 +237,7 @@ class _Lines:
             self.close()
             self.stage, self.note, self.started = stage, "", time.monotonic()
             self._write(f"{stage} ... ")
-        self.note = note or self.note
+        self.note = note
 
     def close(self) -> None:
         """End the line."""
@@ -244,7 +274,7 @@ def progress() -> Iterator[Progress]:
         ),
         TimeElapsedColumn(),
     )
-    with RichProgress(*columns, console=screen, expand=True) as shown:
-        bars = _Bars(shown)
+    with RichProgress(*columns, console=screen, expand=True) as display:
+        bars = _Bars(display)
         yield bars
         bars.close()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mskip.cli import console
-from mskip.cli.steps import load_model
+from mskip.cli.session import fetch, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +39,7 @@ def opened_engine(run: Run, name: str) -> Iterator[tuple[Runner, PreTrainedToken
     from mskip.exporters.torch_runner import TorchRunner
 
     recipe = run.recipe()
+    fetch(recipe.model)
     with console.progress() as progress:
         base = load_model(recipe.model, progress)
     routers = load_routers(run, base).to(base.model.device)

@@ -10,7 +10,8 @@ import typer
 
 from mskip.cli import console, tables
 from mskip.cli.options import AsJson, Output, Overrides, Quick
-from mskip.cli.steps import GATE_FAILED, check_same_recipe, is_tuned, load_model, resolve
+from mskip.cli.session import check_same_recipe, fetch, is_tuned, load_model, resolve
+from mskip.cli.steps import GATE_FAILED
 
 if TYPE_CHECKING:
     from mskip.compressor.artifact import Run
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-# In order; each step needs the ones before it, so its output is newer than theirs.
 _OUTPUTS = {
     "tune": "reports/tune.json",
     "calibrate": "calibration.json",
@@ -29,30 +29,37 @@ _OUTPUTS = {
     "validate": "reports/validate.json",
     "bench": "reports/bench.json",
 }
+_READS = {
+    "calibrate": "tune",
+    "eval": "calibrate",
+    "export": "calibrate",
+    "validate": "export",
+    "bench": "export",
+}
 
 
 def finished(run: Run, recipe: Recipe) -> dict[str, Any]:
-    """Reports of the leading steps that need not be done again.
+    """Reports of the steps that need not be done again.
 
-    A step is finished when its output is newer than that of the step before, and its
-    calibration is the recipe's.
+    A step is finished when its output is newer than that of the step it reads, that one is
+    finished too, and the calibration is the recipe's.
     """
     from mskip.compressor.files import read_json
 
     reports: dict[str, Any] = {}
-    last = 0.0
-    if not is_tuned(run):
-        return reports
+    times: dict[str, float] = {}
+    asked = recipe.routing.capacity, recipe.calibration.per_layer
     for step, name in _OUTPUTS.items():
         path = run.path / name
-        if not path.is_file() or path.stat().st_mtime < last:
-            break
+        before = 0.0 if step == "tune" else times.get(_READS[step])
+        if before is None or not path.is_file() or path.stat().st_mtime < before:
+            continue
         report = read_json(path, f"{step} report", "Run again without --resume.")
-        asked = recipe.routing.capacity, recipe.calibration.per_layer
+        if step == "tune" and not is_tuned(run):
+            continue
         if step == "calibrate" and (report.get("target"), report.get("per_layer")) != asked:
-            break
-        last = path.stat().st_mtime
-        reports[step] = report
+            continue
+        reports[step], times[step] = report, path.stat().st_mtime
     return reports
 
 
@@ -123,12 +130,14 @@ def run_all(
         reports = finished(run, resolved)
         if reports:
             run.remember()
+    if len(reports) < len(_OUTPUTS):
+        fetch(resolved.model)
     lender = _Lender(resolved)
     for name, step in _steps(run, resolved, lender, quick=quick, resume=resume).items():
         if name in reports:
-            _note(f"{name}: kept")
+            console.note(f"== {name}: kept")
             continue
-        _note(name)
+        console.note(f"== {name}")
         with console.progress() as progress:
             reports[name] = step(progress)
     html = write_report(run.path)
@@ -139,12 +148,7 @@ def run_all(
         raise typer.Exit(GATE_FAILED)
 
 
-def _note(text: str) -> None:
-    if console.main_process():
-        console.console(stderr=True).print(f"== {text}", style="bold")
-
-
 def _show(reports: dict[str, Any], html: Path) -> None:
     tables.summary(reports)
     console.say()
-    console.say(f"report: {html}", whole=True)
+    console.say(f"report: {console.shown(html)}", whole=True)

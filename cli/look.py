@@ -60,7 +60,7 @@ def inspect(run: RunFolder = None, as_json: AsJson = False) -> None:
         whole = calibration["capacity"]["held_out"]
         console.say(f"held-out capacity {console.capacity_words(whole)}")
         for path in plots:
-            console.say(str(path), whole=True)
+            console.say(console.shown(path), whole=True)
 
     layers = calibration["layers"]
     report = {"run": str(opened.path), "layers": layers, "plots": [str(path) for path in plots]}

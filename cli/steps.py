@@ -2,104 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from mskip.cli import console, tables
 from mskip.cli.options import AsJson, Output, Overrides, Quick, RunFolder
+from mskip.cli.session import DEFAULT_RECIPE, check_same_recipe, is_tuned, resolve, working
 
-if TYPE_CHECKING:
-    from mskip.compressor.artifact import Run
-    from mskip.compressor.models import BaseModel
-    from mskip.compressor.progress import Progress
-    from mskip.compressor.recipe import ModelSpec, Recipe
-
-DEFAULT_RECIPE = "smollm2-135m"
 GATE_FAILED = 3
 
 app = typer.Typer()
-
-
-# -- what the commands share ------------------------------------------------------------------
-
-
-def load_model(spec: ModelSpec, progress: Progress) -> BaseModel:
-    """The base model, shown as a stage."""
-    from mskip.compressor.models import load_base
-
-    progress("load model", 0, 1, spec.name)
-    base = load_base(spec)
-    progress("load model", 1, 1, spec.name)
-    return base
-
-
-def resolve(
-    name: str | None,
-    overrides: Sequence[str],
-    output: Path | None,
-    *,
-    model: str | None = None,
-    data: str | None = None,
-    trust_remote_code: bool = False,
-    resume: bool = False,
-) -> tuple[Run, Recipe]:
-    """The run folder and the recipe that arguments mean.
-
-    Args:
-        name: recipe; None is the default one, or with ``resume`` the run's own.
-        overrides: ``key.sub=value``; ``model`` and the others come after them.
-        output: run folder.
-        model: hub id or folder.
-        data: hub id or file.
-        trust_remote_code: run the model's code.
-        resume: go on with the run at ``output``, else with the last one.
-    """
-    from mskip.compressor.artifact import RUNS, Run, open_run
-    from mskip.compressor.recipe import load_recipe
-
-    overrides = [*overrides]
-    for key, value in (("model.name", model), ("data.source", data)):
-        if value is not None:
-            # A folder or file stays the same one when later commands run elsewhere.
-            path = Path(value).expanduser()
-            overrides.append(f"{key}={json.dumps(str(path.resolve()) if path.exists() else value)}")
-    if trust_remote_code:
-        overrides.append("model.trust_remote_code=true")
-    if resume and name is None:
-        run = open_run(output)
-        return run, load_recipe(str(run.path / "recipe.yaml"), overrides)
-    recipe = load_recipe(name or DEFAULT_RECIPE, overrides)
-    return Run(output or RUNS / recipe.name), recipe
-
-
-def is_tuned(run: Run) -> bool:
-    """Whether tuning ended after the recipe was last written."""
-    written, ended = run.path / "recipe.yaml", run.reports / "tune.json"
-    return (
-        not run.checkpoints.exists()
-        and (run.path / "router.safetensors").is_file()
-        and written.is_file()
-        and ended.is_file()
-        and ended.stat().st_mtime >= written.stat().st_mtime
-    )
-
-
-def check_same_recipe(run: Run, recipe: Recipe) -> None:
-    """Refuse to go on with another recipe than the run's own."""
-    from mskip.compressor.errors import RecipeError
-
-    if (run.path / "recipe.yaml").is_file() and run.recipe() != recipe:
-        raise RecipeError(
-            f"the recipe differs from the one that {run.path} was started with.",
-            "Resume without --set, --data or --recipe, or choose another --output.",
-        )
-
-
-# -- commands ---------------------------------------------------------------------------------
 
 
 @app.command(
@@ -158,11 +71,11 @@ def tune(
         check_same_recipe(run, resolved)
         run.remember()
         report = run.report("tune", "Make it with: mskip tune")
+        console.note(f"{console.shown(run.path)} is tuned already: nothing to resume.")
     else:
         from mskip.compressor.workflow import tune_run
 
-        with console.progress() as progress:
-            base = load_model(resolved.model, progress)
+        with working(resolved.model) as (base, progress):
             report = tune_run(run, resolved, base, resume=resume, progress=progress)
     console.emit(report, as_json, tables.tuned)
     if not as_json:
@@ -200,8 +113,7 @@ def calibrate(
     from mskip.compressor.workflow import calibrate_run
 
     each = recipe.calibration.per_layer if per_layer is None else per_layer
-    with console.progress() as progress:
-        base = load_model(recipe.model, progress)
+    with working(recipe.model) as (base, progress):
         report = calibrate_run(opened, base, wanted, per_layer=each, progress=progress)
     console.emit(report, as_json, tables.calibrated)
     if not as_json:
@@ -237,8 +149,7 @@ def export(
     opened.calibration()  # before the model is loaded
     from mskip.exporters.onnx_export import export_run
 
-    with console.progress() as progress:
-        base = load_model(opened.recipe().model, progress)
+    with working(opened.recipe().model) as (base, progress):
         report = export_run(opened, base, progress)
     console.emit(report, as_json, lambda value: tables.exported(value, opened.path))
     if not as_json:
@@ -254,8 +165,7 @@ def validate(run: RunFolder = None, as_json: AsJson = False) -> None:
     opened.calibration()
     from mskip.exporters.parity import validate_run
 
-    with console.progress() as progress:
-        base = load_model(opened.recipe().model, progress)
+    with working(opened.recipe().model) as (base, progress):
         report = validate_run(opened, base, progress)
     console.emit(report, as_json, tables.validated)
     if report["status"] != "passed":
@@ -334,8 +244,7 @@ def evaluate(
     opened.calibration()
     from mskip.compressor.workflow import evaluate_run
 
-    with console.progress() as progress:
-        base = load_model(opened.recipe().model, progress)
+    with working(opened.recipe().model) as (base, progress):
         report = evaluate_run(opened, base, source=data, progress=progress)
     console.emit(report, as_json, tables.evaluated)
 
@@ -349,6 +258,6 @@ def report(run: RunFolder = None, as_json: AsJson = False) -> None:
     path = write_report(open_run(run).path)
 
     def show(value: Any) -> None:
-        console.say(value["report"], whole=True)
+        console.say(console.shown(value["report"]), whole=True)
 
     console.emit({"report": str(path)}, as_json, show)

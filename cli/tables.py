@@ -21,14 +21,14 @@ from mskip.cli.console import (
     verdict,
 )
 
-CAPACITY = ">capacity (skip rate)"
+CAPACITY = ">capacity\n(skip rate)"
 
 
 def next_step(run: Path, command: str) -> None:
     """Name the run folder and what comes after."""
     if console.main_process():
         say()
-        say(f"run folder: {run}", whole=True)
+        say(f"run folder: {console.shown(run)}", whole=True)
         say(f"next: {command}", DIM, whole=True)
 
 
@@ -95,11 +95,11 @@ def layer_bars(calibration: dict[str, Any]) -> None:
     rows = []
     for row in calibration["layers"]:
         always = {"skip": "always skips", "execute": "always executes"}.get(row["constant"] or "")
-        bar = console.bar(row["capacity"], 24)
+        bar = console.bar(row["capacity"], 20)
         rows.append([str(row["layer"]), shares(row["capacity"]), bar, f"{row['tau']:.4f}", always])
     table(
         "Layers, held-out",
-        [">layer", CAPACITY, "0                      1", ">tau", ""],
+        [">layer", CAPACITY, "0                  1", ">tau", ""],
         [[cell or "" for cell in row] for row in rows],
     )
 
@@ -107,7 +107,7 @@ def layer_bars(calibration: dict[str, Any]) -> None:
 def exported(report: dict[str, Any], run: Path) -> None:
     """Where the graph is and what it took."""
     peak = f"{size(report['peak_rss_bytes'])}, {report['peak_memory_over_weights']:g} x weights"
-    removed = ", ".join(str(layer) for layer in report["static_removed"]) or "none"
+    removed = console.ranges(report["static_removed"]) or "none"
     table(
         "Exported",
         ["", ""],
@@ -122,7 +122,7 @@ def exported(report: dict[str, Any], run: Path) -> None:
         ],
     )
     say()
-    say(str(run / report["file"]), whole=True)
+    say(console.shown(run / report["file"]), whole=True)
 
 
 def _value(value: float | None) -> str:
@@ -155,8 +155,7 @@ def benched(report: dict[str, Any]) -> None:
     for phase, unit in (("prefill", "ms a prompt batch"), ("decode", "ms a token")):
         rows = [
             [
-                str(row["batch"]),
-                str(row["context"]),
+                f"{row['batch']} x {row['context']}",
                 shares(row["capacity"], 2),
                 *(
                     milliseconds(row.get(f"{name}_ms"))
@@ -171,8 +170,8 @@ def benched(report: dict[str, Any]) -> None:
         ]
         if rows:
             headings = [
-                *(">batch", ">con-\ntext", ">capacity\n(skip rate)", ">dense", ">routed"),
-                *(">exe-\ncute", ">skip", ">static", ">speed-\nup", ">spread", ">effi-\nciency"),
+                *(">batch x\ncontext", CAPACITY, ">dense", ">routed", ">exe-\ncute", ">skip"),
+                *(">static", ">speed-\nup", ">", ">effi-\nciency"),
             ]
             table(f"{phase.capitalize()}, {unit}", headings, rows)
     say()
@@ -194,12 +193,12 @@ def evaluated(report: dict[str, Any]) -> None:
             shares(row["capacity"]),
             f"{row['kl']:.4f}",
             f"{row['perplexity']:.3f}",
-            ", ".join(str(layer) for layer in row["layers_removed"]),
+            console.ranges(row["layers_removed"]),
         ]
         for row in report["rows"]
     ]
     title = f"Quality on {report['data']}: {report['prompts']} prompts, {report['tokens']} tokens"
-    table(title, ["method", CAPACITY, ">KL", ">perplexity", "without layers"], rows)
+    table(title, ["method", CAPACITY, ">KL", ">perplexity", "layers removed"], rows)
     say()
     if report["routed_over_static"] is not None:
         say(f"KL of routed / best static: {report['routed_over_static']:.3f}")
@@ -220,7 +219,7 @@ def summary(reports: dict[str, Any]) -> None:
     rows: list[list[str | Text]] = [
         ["capacity", capacity_words(found["held_out"]), f"95 % {low:.3f} .. {high:.3f}, held-out"],
         ["KL to dense, routed", f"{kl['routed']['kl']:.4f}", "nats a token"],
-        ["  best static removal", f"{best['kl']:.4f}", best["method"]],
+        ["  best static", f"{best['kl']:.4f}", best["method"]],
         [
             "perplexity",
             f"{kl['routed']['perplexity']:.3f}",
@@ -237,9 +236,14 @@ def summary(reports: dict[str, Any]) -> None:
             f"{len(validation['decisions']['flips'])} flips",
         ],
         [
-            "  logits, forced equal",
+            "  logits max abs",
             f"{validation['logits']['max_abs']:.2g}",
-            f"max abs; {tokens['match']:.2%} of {tokens['prompts']} prompts same tokens",
+            "with decisions forced equal",
+        ],
+        [
+            "  greedy tokens agree",
+            f"{tokens['match']:.2%}",
+            f"of {tokens['prompts']} prompts, {tokens['steps']} steps each",
         ],
     ]
     for row in reports["bench"]["rows"]:
@@ -247,8 +251,8 @@ def summary(reports: dict[str, Any]) -> None:
             [
                 f"{row['phase']} {row['batch']} x {row['context']}",
                 f"{row['speedup']:.2f}x dense",
-                f"skip all {row['execute_ms'] / row['skip_ms']:.2f}x execute all; "
-                f"±{row['spread']:.0%}",
+                f"±{row['spread']:.0%}; all-skip "
+                f"{row['execute_ms'] / row['skip_ms']:.2f}x all-execute",
             ]
         )
     table("The run", ["", "result", ""], rows)

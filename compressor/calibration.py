@@ -84,6 +84,15 @@ class PromptScorer:
         return torch.cat(decisions), torch.cat(scores)
 
 
+ABOVE_EVERY_SCORE = 1.0 + 2.0**-23
+"""The float32 next to 1: a score may be 1 exactly."""
+
+
+def _float32(value: float) -> float:
+    """What a threshold becomes where it is compared: scores and taus are float32."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
 class Paths:
     """Decisions of every prompt as a function of one global tau, evaluated where needed.
 
@@ -102,7 +111,7 @@ class Paths:
         self._known: list[list[tuple[float, float, Tensor, Tensor]]] = [[] for _ in range(prompts)]
 
     def at(self, tau: float) -> tuple[Tensor, Tensor]:
-        """Decisions (bool) and scores at ``tau``, [prompts, routed] each."""
+        """Decisions (bool) and scores at ``tau``, a float32 value, [prompts, routed] each."""
         missing = [n for n in range(self.prompts) if self._find(n, tau) is None]
         if missing:
             self.evaluations += 1
@@ -153,6 +162,10 @@ def find_tau(
 ) -> Found:
     """Find the global tau whose capacity is nearest to ``target``.
 
+    It comes within half a call, with two exceptions. Where scores tie, no tau parts
+    them, and that is an error. Where one decision drags later ones of its prompt
+    along, the capacity leaps over the target, and the nearer side is returned.
+
     Args:
         paths: the prompts.
         target: wanted capacity, 0..1.
@@ -160,14 +173,13 @@ def find_tau(
         progress: one unit a trial.
 
     Raises:
-        UnreachableError: scores tie around the target, so that no tau comes within
-            half a call of it.
+        UnreachableError: scores tie around the target.
     """
     calls = paths.prompts * paths.routed
     wanted = target * calls
     tolerance = 0.5 + 1e-9
     # Above every score nothing is executed, at zero everything is.
-    low, high = 0.0, math.nextafter(1.0, 2.0)
+    low, high = 0.0, ABOVE_EVERY_SCORE
     executed_low, executed_high = calls, 0
     best: tuple[float, float, int] | None = None
     tau = 0.5
@@ -194,6 +206,10 @@ def find_tau(
     assert best is not None
     distance, tau, executed = best
     if distance > tolerance:
+        for end, share in ((0.0, 1.0), (ABOVE_EVERY_SCORE, 0.0)):
+            if abs(share * calls - wanted) <= tolerance:
+                return Found(end, share, paths.evaluations)
+    if distance > tolerance and _tied(paths, low):
         near = sorted({executed_low / calls, executed_high / calls, executed / calls})
         raise UnreachableError(
             f"no tau gives capacity {target:.3f}: scores tie or gates are constant. Reachable "
@@ -202,23 +218,33 @@ def find_tau(
             "Ask for one of these, or tune with another routing.capacity.",
         )
     below, above = paths.interval(tau)
-    middle = (max(below, 0.0) + min(above, 1.0)) / 2
+    middle = _float32((max(below, 0.0) + min(above, 1.0)) / 2)
     if below < middle <= above:
         tau = middle
     return Found(tau, executed / calls, paths.evaluations)
 
 
 def _next_trial(scores: Tensor, wanted: float, low: float, high: float) -> float | None:
-    """A tau strictly inside (low, high): by the scores at hand, else by bisection."""
+    """A float32 in (low, high], if there is one: by the scores at hand, else by bisection."""
     ordered = scores.flatten().sort(descending=True).values
     kept = min(max(round(wanted), 1), len(ordered) - 1)
     guess = float((ordered[kept - 1] + ordered[kept]) / 2)
     if low < guess < high:
         # A guess that hugs one end closes in on it one score at a time.
         width = high - low
-        return min(max(guess, low + 0.05 * width), high - 0.05 * width)
-    middle = (low + high) / 2
-    return middle if high - low > 1e-7 and low < middle < high else None
+        guess = min(max(guess, low + 0.05 * width), high - 0.05 * width)
+    else:
+        guess = (low + high) / 2
+    guess = _float32(guess)
+    if guess <= low:  # Neighbours in float32: the upper one is a threshold of its own.
+        guess = high
+    return guess if low < guess <= high else None
+
+
+def _tied(paths: Paths, boundary: float) -> bool:
+    """Whether several executed calls have the score at which the search closed in."""
+    decisions, scores = paths.at(boundary)
+    return int((scores[decisions] == boundary).sum()) > 1
 
 
 def find_tau_per_layer(scorer: Scorer, prompts: int, routed: int, target: float) -> Tensor:
@@ -241,9 +267,9 @@ def find_tau_per_layer(scorer: Scorer, prompts: int, routed: int, target: float)
     for index in range(routed):
         _, scores = scorer(tau, list(range(prompts)))
         ordered = scores[:, index].sort(descending=True).values
-        upper = float(ordered[kept - 1]) if kept else 1.0
+        upper = float(ordered[kept - 1]) if kept else ABOVE_EVERY_SCORE
         lower = float(ordered[kept]) if kept < prompts else 0.0
-        middle = (upper + lower) / 2
+        middle = _float32((upper + lower) / 2)
         tau[index] = middle if lower < middle <= upper else upper
     return tau
 

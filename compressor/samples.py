@@ -85,11 +85,17 @@ def run_samples(run: Run, recipe: Recipe, base: BaseModel, progress: Progress = 
     data = recipe.data
     key = hashlib.sha256(
         json.dumps(
-            [data.model_dump(), recipe.tuning.max_length, base.sha256, _content_key(data.source)]
+            [
+                data.model_dump(),
+                recipe.tuning.max_length,
+                base.sha256,
+                _tokenizer_key(base),
+                _content_key(data.source),
+            ]
         ).encode()
     ).hexdigest()
     cached = run.path / "samples.jsonl"
-    samples = _read_cache(cached.read_text("utf-8"), key) if cached.is_file() else None
+    samples = _read_cache(cached.read_bytes(), key) if cached.is_file() else None
     if samples is None:
         extra = data.calibration + data.held_out
         limit = None if data.max_samples is None else data.max_samples + extra
@@ -117,7 +123,12 @@ def _content_key(source: str) -> str:
     return sha256(path) if path.is_file() else mskip.__version__
 
 
-def _read_cache(text: str, key: str) -> list[Sample] | None:
+def _tokenizer_key(base: BaseModel) -> list[str]:
+    files = sorted(base.folder.glob("tokenizer*"))
+    return [str(base.tokenizer.chat_template), *(sha256(path) for path in files)]
+
+
+def _read_cache(text: bytes, key: str) -> list[Sample] | None:
     try:
         head, *rows = [json.loads(line) for line in text.splitlines()]
         if head["key"] != key:

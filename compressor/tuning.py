@@ -207,15 +207,16 @@ class RouterTrainer(CheckpointMixin, Trainer):
             args=args,
             train_dataset=_Indices(len(data.samples)),
             data_collator=data,
-            callbacks=[_EndOfStep(self)],
+            callbacks=[_Course(self)],
         )
         # It would print a dict a step into whatever the progress is shown on.
         self.remove_callback(PrinterCallback)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedByLength:
-        return GroupedByLength(
+        self.sampler = GroupedByLength(
             self.lengths, self.args.per_device_train_batch_size, int(self.args.seed)
         )
+        return self.sampler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """As the base class; also counts the sequences of the whole optimiser step."""
@@ -272,9 +273,15 @@ class RouterTrainer(CheckpointMixin, Trainer):
         )
 
 
-class _EndOfStep(TrainerCallback):
+class _Course(TrainerCallback):
     def __init__(self, trainer: RouterTrainer) -> None:
         self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        # accelerate does not reach the sampler where several processes resume inside an epoch.
+        self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -16,6 +16,7 @@ from onnx_ir import tape
 from onnx_ir.passes import common
 from torch import Tensor
 
+import mskip
 from mskip.exporters.contract import UNSCORED, Contract
 from mskip.exporters.tracing import ATTENTION, DOMAIN, SCORE, Traced
 
@@ -259,7 +260,9 @@ class _Builder:
         self.model.opset_imports.pop(DOMAIN, None)
         common.TopologicalSortPass()(self.model)
         common.NameFixPass()(self.model)
-        self.model.producer_name = "mskip"
+        # The trace's notes are larger than the graph, and hold paths of this machine.
+        common.ClearMetadataAndDocStringPass()(self.model)
+        self.model.producer_name, self.model.producer_version = "mskip", mskip.__version__
         return self.model
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mskip.compressor.artifact import Run, load_routers
 from mskip.compressor.encoding import Sample
@@ -24,6 +25,8 @@ from mskip.exporters.runner import Floats, Ints, Runner, State, left_padded
 from mskip.exporters.torch_runner import TorchRunner
 
 BATCH = 8
+LARGEST = float(np.finfo(np.float32).max)
+"""Stands for NaN and infinity, which would pass a ``max`` unseen and have no JSON."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ def at_least(name: str, value: float, limit: float) -> Gate:
 def at_most(name: str, value: float, limit: float) -> Gate:
     """A gate that wants ``value <= limit``."""
     return Gate(name, value, limit, "<=", value <= limit)
+
+
+def finite(values: npt.ArrayLike) -> npt.NDArray[Any]:
+    """``values`` with `LARGEST` for NaN and infinity."""
+    return np.nan_to_num(values, nan=LARGEST, posinf=LARGEST)
 
 
 @dataclass
@@ -93,7 +101,7 @@ class Comparison:
                     "prompt": self.prompts + int(row),
                     "layer": layers[index],
                     "torch": float(expected.scores[row, index]),
-                    "engine": float(found.scores[row, index]),
+                    "engine": float(finite(found.scores[row, index])),
                     "margin": float(margins[row, index]),
                 }
             )
@@ -103,8 +111,8 @@ class Comparison:
         real = mask.astype(bool)
         difference = np.abs(expected[real] - found[real]).max(axis=-1)
         scale = np.abs(expected[real]).max(axis=-1)
-        self.max_abs = max(self.max_abs, float(difference.max()))
-        self.max_rel = max(self.max_rel, float((difference / scale).max()))
+        self.max_abs = max(self.max_abs, float(finite(difference).max()))
+        self.max_rel = max(self.max_rel, float(finite(difference / scale).max()))
 
 
 def compare(
@@ -167,7 +175,7 @@ def batch_invariance(
             alone = engine.prefill(np.asarray([prompt], dtype=np.int64))
             equal &= bool((alone.routing[0] == together.routing[row]).all())
             difference = np.abs(alone.logits[0, -1] - together.logits[row, -1]).max()
-            worst = max(worst, float(difference))
+            worst = max(worst, float(finite(difference)))
             progress("batch invariance", start + row + 1, len(prompts))
     return {"max_abs": worst, "decisions_equal": equal}
 
@@ -202,10 +210,10 @@ def quality(
         progress("quality by engine", start + len(chosen), len(samples))
     return {
         "tokens": tokens,
-        "kl_torch": sums["kl_torch"] / tokens,
-        "kl_engine": sums["kl_engine"] / tokens,
-        "perplexity_torch": float(np.exp(sums["loss_torch"] / tokens)),
-        "perplexity_engine": float(np.exp(sums["loss_engine"] / tokens)),
+        "kl_torch": float(finite(sums["kl_torch"] / tokens)),
+        "kl_engine": float(finite(sums["kl_engine"] / tokens)),
+        "perplexity_torch": float(finite(np.exp(sums["loss_torch"] / tokens))),
+        "perplexity_engine": float(finite(np.exp(sums["loss_engine"] / tokens))),
     }
 
 

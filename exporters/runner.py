@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ class State:
     Attributes:
         logits: of the positions of the last call, [batch, sequence, vocabulary] float32.
         routing: decisions, [batch, routed] int64 of 0 and 1.
-        scores: [batch, routed] float32; NaN where the decision was given.
+        scores: [batch, routed] float32, kept from the prefill; NaN where the decision was given.
         mask: [batch, past], 1 on real tokens; covers everything in the cache.
         cache: the engine's own keys and values.
     """
@@ -133,7 +133,8 @@ class Runner(ABC):
         """
         new = np.ones_like(tokens) if mask is None else mask
         whole = np.concatenate([state.mask, new], axis=1)
-        return self.forward(tokens, whole, state.cache, state.routing, self._tau(None))
+        after = self.forward(tokens, whole, state.cache, state.routing, self._tau(None))
+        return replace(after, scores=state.scores)
 
     def generate(
         self,

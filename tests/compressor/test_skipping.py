@@ -781,9 +781,7 @@ def test_chunked_generate_decides_at_the_first_chunk(skip: MindSkip, prompt_batc
     assert torch.equal(chunked, given_)
 
 
-def test_chunk_of_padding_only_is_refused(
-    skip: MindSkip, prompt_batch: Prompts
-) -> None:
+def test_chunk_of_padding_only_is_refused(skip: MindSkip, prompt_batch: Prompts) -> None:
     batch = prompt_batch([12, *[3] * 9])
     with pytest.raises(ModelError, match="all padding"):
         skip.model.generate(

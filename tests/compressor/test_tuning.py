@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mskip.compressor.baselines import measure_sensitivity, router_inputs
 from mskip.compressor.calibration import PromptScorer
@@ -49,15 +49,15 @@ def spec(**changes: Any) -> TuningSpec:
 
 
 def start(
-    base: BaseModel, layers: list[int], samples: list[Sample], target: float
+    base: BaseModel, layers: list[int], samples: list[Sample], target: float, scale: float = 0.2
 ) -> tuple[Routers, float]:
-    """Routers at the recipe's start for a target, and the first price."""
+    """Routers started by sensitivity, and the first price; a small scale lets gates flip soon."""
     with patched(base.model, layers):
         reference = Reference(base, layers[0], samples[:16])
         sensitivity = measure_sensitivity(reference, layers)
         inputs = router_inputs(reference)
     routers = Routers(layers, base.model.config.hidden_size)
-    initialise(routers, RouterSpec(), inputs, sensitivity, target)
+    initialise(routers, RouterSpec(init_scale=scale), inputs, sensitivity, target)
     return routers, first_price(sensitivity.kl, target)
 
 
@@ -101,7 +101,7 @@ def test_constraint_holds_the_target(
     tuning, held_out = (make_samples(96, seed, prompt=(6, 10)) for seed in (0, 5))
     reached = {}
     for pressed, settings in ((True, {}), (False, {"constraint": "hinge", "hinge_weight": 0.0})):
-        routers, price = start(base, layers, tuning, target)
+        routers, price = start(base, layers, tuning, target, scale=1.5)
         wanted = spec(max_steps=40, batch_size=16, **settings)
         outcome = tune(base, routers, tuning, wanted, target, tmp_path, start_price=price)
         assert outcome.trace[0].capacity == pytest.approx(target, abs=0.05)
@@ -110,7 +110,7 @@ def test_constraint_holds_the_target(
     assert min(reached[False]) > 0.8
 
 
-# -- what is trained, and what is not -----------------------------------------------------------
+# -- what is trained, and what is not ---------------------------------------------------------
 
 
 def test_backbone_stays_as_it_was(
@@ -383,7 +383,7 @@ def test_every_epoch_has_its_own_order_and_every_step_its_own_noise(
     monkeypatch.setattr(RouterObjective, "forward", watch)
     routers = Routers(LAYERS, 32)
     tune(base, routers, make_samples(24), spec(max_steps=-1, epochs=2.0), 0.5, tmp_path)
-    first, second = sum(order[:3], []), sum(order[3:], [])
+    first, second = ([i for batch in part for i in batch] for part in (order[:3], order[3:]))
     assert sorted(first) == sorted(second) == list(range(24))
     assert first != second
     assert len(set(noise)) == 6
@@ -448,9 +448,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
     def run(folder: str, **options: Any) -> Tuned:
         routers, price = start(base, LAYERS, samples, 0.5)
         folder_path = tmp_path / folder
-        return tune(
-            base, routers, samples, wanted, 0.5, folder_path, start_price=price, **options
-        )
+        return tune(base, routers, samples, wanted, 0.5, folder_path, start_price=price, **options)
 
     whole = run("whole")
     for name in ("load", "save"):
@@ -533,9 +531,7 @@ def test_without_a_checkpoint_it_starts_anew(
     base: BaseModel, make_samples: MakeSamples, tmp_path: Path, resume: bool
 ) -> None:
     samples, wanted = make_samples(16), spec(max_steps=2)
-    outcome = tune(
-        base, Routers(LAYERS, 32), samples, wanted, 0.5, tmp_path / "new", resume=resume
-    )
+    outcome = tune(base, Routers(LAYERS, 32), samples, wanted, 0.5, tmp_path / "new", resume=resume)
     assert [step.step for step in outcome.trace] == [1, 2]
 
 
@@ -580,7 +576,7 @@ def test_newest_checkpoint_goes_by_number(tmp_path: Path) -> None:
     assert trainer.newest_checkpoint() == tmp_path / "checkpoint-100"
 
 
-# -- several processes --------------------------------------------------------------------------
+# -- several processes ------------------------------------------------------------------------
 
 
 def free_port() -> int:

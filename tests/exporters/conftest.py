@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mskip.exporters.torch_runner import TorchRunner
     from mskip.exporters.tracing import Traced
 
-WORDS = "user assistant system the answer is question one two three Response of and a".split()
+WORDS = ["user", "assistant", "system", "the", "answer", "is", "question", "one", "two", "Response"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def exported(
 ) -> Exported:
     """Four layers, the last three routed, a tau of its own for each. Read only."""
     folder = tmp_path_factory.mktemp("exported")
-    return make_exported(folder, tiny_folder, [1, 2, 3], [0.35, 0.5, 0.6], 21)
+    return make_exported(folder, tiny_folder, [1, 2, 3], [0.35, 0.5, 0.97], 21)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,66 @@
+"""The card's words, one after another, on a folder with another Llama. Last: it is the longest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+SMALL = [
+    *("data.calibration=8", "data.held_out=8", "data.max_samples=16", "data.answer_tokens=4"),
+    *("tuning.epochs=1", "tuning.batch_size=8", "tuning.check_targets=[]", "routing.last=2"),
+    *("router.sensitivity_prompts=4", "evaluation.prompts=4", "validation.prompts=4"),
+    *("validation.steps=3", "bench.batches=[1]", "bench.contexts=[16]", "bench.repeats=1"),
+    # The tiny model is too quick for its time to say anything.
+    *("bench.decode_steps=1", "validation.limits.laziness_ratio=0"),
+]
+OVERRIDES = [part for each in SMALL for part in ("--set", each)]
+
+
+def test_the_commands_in_a_row(mskip, tiny_folder):
+    pytest.importorskip("onnxruntime")
+
+    def done(*arguments: str | Path) -> str:
+        result = mskip(*arguments)
+        assert result.exit_code == 0, result.stderr
+        assert max(map(len, result.stdout.splitlines()), default=0) <= 80 or "--json" in arguments
+        return str(result.stdout)
+
+    assert "reached" in done("tune", "--model", tiny_folder, *OVERRIDES, "--output", "runs/t")
+    run = Path("runs/t")
+    assert (run / "router.safetensors").is_file()
+    assert (run / "recipe.yaml").is_file()
+    assert "tau" in done("calibrate", "--capacity", "0.5")
+    assert abs(json.loads((run / "calibration.json").read_text())["target"] - 0.5) < 1e-9
+    assert "torch" in done("generate", "hello", "--max-new-tokens", "2").lower()
+    assert "conditional attentions" in done("export")
+    assert "validation passed" in done("validate")
+    assert "Prefill" in done("bench")
+    assert "routed" in done("eval")
+    assert "scores.png" in done("inspect")
+    assert "report.html" in done("report")
+    by_engine = [
+        json.loads(done("generate", "hello you", "--max-new-tokens", "4", "--json", "--engine", e))
+        for e in ("torch", "onnx")
+    ]
+    assert by_engine[0]["tokens"] == by_engine[1]["tokens"]
+    assert by_engine[0]["kv_bytes"] == by_engine[1]["kv_bytes"] <= by_engine[0]["kv_bytes_dense"]
+    for first, second in zip(by_engine[0]["layers"], by_engine[1]["layers"], strict=True):
+        assert first["executed"] == second["executed"]
+        assert first["score"] == pytest.approx(second["score"], abs=1e-4)
+    everything = json.loads(done("generate", "hello you", "--tau", "0", "--json"))
+    assert everything["capacity"] == 1.0
+    assert everything["kv_bytes"] == everything["kv_bytes_dense"]
+
+    # A finished run is kept by --resume, in whole or up to what is missing.
+    assert "nothing to resume" in mskip("tune", "--resume").stderr
+    (run / "reports/bench.json").unlink()
+    result = mskip("run", run / "recipe.yaml", "--output", run, "--resume")
+    assert result.exit_code == 0
+    kept = [line for line in result.stderr.splitlines() if line.endswith(": kept")]
+    assert [line.split()[1] for line in kept] == [
+        *("tune:", "calibrate:", "eval:", "export:", "validate:")
+    ]
+    assert "The run" in result.stdout
+    assert "report.html" in result.stdout
