@@ -8,6 +8,7 @@ model when that one sublayer is skipped, which is dearer and better.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -49,6 +50,11 @@ def static_gates(kept: list[int], routed: int) -> Tensor:
     gates = torch.zeros(1, routed, dtype=torch.bool)
     gates[0, kept] = True
     return gates
+
+
+def kept_count(capacity: float, routed: int) -> int:
+    """How many sublayers the static baseline of a capacity keeps: rounded up, in its favour."""
+    return math.ceil(capacity * routed - 1e-9)
 
 
 def forced_to(gates: Tensor) -> Callable[[Batch], ForcedPass]:

@@ -19,6 +19,7 @@ from mskip.compressor.artifact import Run, load_routers, save_routers
 from mskip.compressor.baselines import (
     Sensitivity,
     forced_to,
+    kept_count,
     measure_sensitivity,
     router_inputs,
     static_gates,
@@ -321,17 +322,15 @@ def evaluate_run(
         add("dense", dense, 1.0, [])
         routed_quality = reference.quality(route)
         capacity = float(torch.cat(decided).float().mean())
-        # As many as routing executes on average; a whole number of layers, so rounded up
-        # in favour of the baseline.
-        kept_count = -int(-(run.calibration()["target"] * routed) // 1)
+        count = kept_count(run.calibration()["target"], routed)
         for rule, kept in (
-            ("sensitivity", sensitivity.kept_by_kl(kept_count)),
-            ("cosine", sensitivity.kept_by_cosine(kept_count)),
+            ("sensitivity", sensitivity.kept_by_kl(count)),
+            ("cosine", sensitivity.kept_by_cosine(count)),
         ):
             gates = static_gates(kept, routed).to(base.model.device)
             quality = reference.quality(forced_to(gates))
             removed = [layer for index, layer in enumerate(layers) if index not in kept]
-            add(f"static ({rule})", quality, kept_count / routed, removed)
+            add(f"static ({rule})", quality, count / routed, removed)
         add("routed", routed_quality, capacity, [])
     best_static = min(row["kl"] for row in rows if row["method"].startswith("static"))
     report = {

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from mskip.compressor.artifact import Run, load_routers
+from mskip.compressor.baselines import kept_count
 from mskip.compressor.errors import ModelError
 from mskip.compressor.families import family_of
 from mskip.compressor.files import sha256, whole_folder
@@ -144,6 +145,7 @@ def export_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict[s
         "ir_version": onnx.load(run.onnx / MODEL, load_external_data=False).ir_version,
         "bytes": sum(path.stat().st_size for path in run.onnx.iterdir()),
         "sha256": sha256(run.onnx / MODEL),
+        "router_sha256": sha256(run.path / "router.safetensors"),
         "seconds": round(time.monotonic() - started, 1),
         "weights_bytes": weights,
         "peak_rss_bytes": peak,
@@ -166,7 +168,7 @@ def static_peer_layers(run: Run, capacity: float) -> list[int]:
     """Layers that the static peer lacks: as many as routing skips, the least sensitive ones."""
     saved = run.report("tune", "Make it with: mskip tune")["sensitivity"]
     layers, kl = saved["layers"], saved["kl"]
-    count = len(layers) - round(capacity * len(layers))
+    count = len(layers) - kept_count(capacity, len(layers))
     order = sorted(range(len(layers)), key=lambda index: kl[index])
     return sorted(layers[index] for index in order[:count])
 

@@ -15,6 +15,8 @@ import numpy.typing as npt
 
 from mskip.compressor.artifact import Run, load_routers
 from mskip.compressor.encoding import Sample
+from mskip.compressor.errors import ArtifactError
+from mskip.compressor.files import sha256
 from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.recipe import ValidationLimits
@@ -273,6 +275,12 @@ def validate_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict
     recipe = run.recipe()
     spec = recipe.validation
     routers = load_routers(run, base)
+    exported = run.report("export", "Make it with: mskip export")
+    if exported.get("router_sha256") != sha256(run.path / "router.safetensors"):
+        raise ArtifactError(
+            f"{run.onnx} is an export of other routers than {run.path} now holds.",
+            "Export again: mskip export",
+        )
     engine = OrtRunner(run.onnx)
     divided = run_samples(run, recipe, base, progress)
     samples = [*divided.held_out, *divided.calibration][: spec.prompts]

@@ -104,8 +104,9 @@ def row_of(
 ) -> dict[str, Any]:
     """One row of the report.
 
-    Speedup, overhead and efficiency are medians over rounds of ratios within a round;
-    ``spread`` is half the range of the speedup's ratios, relative to its median.
+    Speedup and overhead are medians over rounds of ratios within a round; efficiency is a
+    ratio of differences, so it is taken from the medians. ``spread`` is half the range of
+    the speedup's ratios, relative to its median.
     """
     series = {name: phases[phase] for name, phases in times.items()}
     speedups = [d / r for d, r in zip(series["dense"], series["routed"], strict=True)]
