@@ -72,6 +72,11 @@ class Run:
         """Save ``reports/<name>.json``."""
         write_json(self.reports / f"{name}.json", value)
 
+    def forget_reports(self, *names: str) -> None:
+        """Remove reports that no longer describe the run."""
+        for name in names:
+            (self.reports / f"{name}.json").unlink(missing_ok=True)
+
     def report(self, name: str, remedy: str) -> Any:
         """Read ``reports/<name>.json``; ``remedy`` names the command that writes it."""
         return read_json(self.reports / f"{name}.json", f"{name} report", remedy)

@@ -47,6 +47,9 @@ from mskip.compressor.tuning import tune
 # Steps below this distance of two scores are lost in the engine's arithmetic.
 RESOLUTION = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}
 
+# Reports that describe the run at one tau.
+_AFTER_CALIBRATION = ("eval", "export", "validate", "bench")
+
 
 def routed_layers(recipe: Recipe, base: BaseModel) -> list[int]:
     """Decoder layers that a recipe routes in this model."""
@@ -128,9 +131,9 @@ def tune_run(
         "targets": targets,
     }
     save_routers(run, routers, base, recipe)
-    # Thresholds belong to the routers they were found for.
-    for stale in (run.path / "calibration.json", run.reports / "eval.json"):
-        stale.unlink(missing_ok=True)
+    # Thresholds belong to the routers they were found for, and so does all that follows.
+    (run.path / "calibration.json").unlink(missing_ok=True)
+    run.forget_reports(*_AFTER_CALIBRATION)
     run.write_report("tune", report)
     run.write_manifest(
         base_model={"name": recipe.model.name, "sha256": base.sha256},
@@ -220,6 +223,7 @@ def calibrate_run(
         "evaluations": evaluations,
     }
     run.write_calibration(calibration)
+    run.forget_reports(*_AFTER_CALIBRATION)
     return calibration
 
 
@@ -251,12 +255,12 @@ def _warnings(rows: list[dict[str, Any]], margins: Tensor, dtype: str) -> list[s
     }
     if constant["skip"]:
         warnings.append(
-            f"layers {_listed(constant['skip'])} skip every prompt: removing their attention "
+            f"{_listed(constant['skip'])}: every prompt skips; removing the attention "
             "statically gives the same output and is simpler."
         )
     if constant["execute"]:
         warnings.append(
-            f"layers {_listed(constant['execute'])} execute every prompt: they need no router."
+            f"{_listed(constant['execute'])}: every prompt executes; no router is needed."
         )
     close = int((margins < RESOLUTION[dtype]).sum())
     if close:
@@ -268,7 +272,7 @@ def _warnings(rows: list[dict[str, Any]], margins: Tensor, dtype: str) -> list[s
 
 
 def _listed(layers: list[int]) -> str:
-    return ", ".join(str(layer) for layer in layers)
+    return ("layers " if len(layers) > 1 else "layer ") + ", ".join(map(str, layers))
 
 
 def evaluate_run(

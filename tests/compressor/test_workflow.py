@@ -310,9 +310,9 @@ def test_constant_gates_are_named(run: Run, tiny: BaseModel, recipe: Recipe) -> 
     calibration = calibrate_run(run, tiny, 0.5, per_layer=False)
     assert [row["constant"] for row in calibration["layers"]] == ["execute", "skip"]
     skipping, executing = calibration["warnings"]
-    assert skipping.startswith("layers 2 skip every prompt")
+    assert skipping.startswith("layer 2: every prompt skips")
     assert "statically" in skipping
-    assert executing.startswith("layers 1 execute every prompt")
+    assert executing.startswith("layer 1: every prompt executes")
 
 
 def test_close_scores_are_named(run: Run, tiny: BaseModel, recipe: Recipe) -> None:
