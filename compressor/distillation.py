@@ -52,6 +52,8 @@ def answer_prompts(
             attention_mask=batch["attention_mask"].to(base.model.device),
             max_new_tokens=new_tokens,
             do_sample=False,
+            # A penalty in the model's own generation settings would bend "greedy".
+            repetition_penalty=1.0,
             pad_token_id=pad_id,
         )
         width = batch["input_ids"].shape[1]

@@ -117,6 +117,14 @@ def test_tau_is_in_the_middle_of_the_gap(target: float) -> None:
     assert found.tau == pytest.approx(float(ordered[kept - 1] + ordered[kept]) / 2, abs=1e-7)
 
 
+def test_a_trial_that_hits_is_moved_to_the_middle() -> None:
+    """The first trial, 0.5, executes one of two; it stands close to the lower score."""
+    scorer = Fixed(torch.tensor([[0.9, 0.45]]))
+    found = find_tau(scorer.paths(), 0.5, 40)
+    assert found.tau == pytest.approx(0.675)
+    assert found.evaluations == 1
+
+
 def test_neighbouring_floats_are_told_apart() -> None:
     """A middle that is rounded down to the lower score would execute it."""
     low = 0.5
