@@ -20,7 +20,7 @@ def answer_prompts(
     samples: Sequence[Sample],
     new_tokens: int,
     *,
-    batch_size: int = 32,
+    batch_size: int = 64,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Sample]:
     """Complete every unanswered sample with the dense model's greedy answer.

@@ -130,6 +130,7 @@ def export_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict[s
     """
     started = time.monotonic()
     reset_peak()
+    before = peak_rss()
     recipe = run.recipe()
     routers = load_routers(run, base)
     calibration = run.calibration()
@@ -150,8 +151,7 @@ def export_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict[s
         "weights_bytes": weights,
         "peak_rss_bytes": peak,
         "libraries_rss_bytes": LIBRARIES_RSS,
-        # Of the export alone: without the libraries, which cost the same for any model.
-        "peak_memory_over_weights": round((peak - LIBRARIES_RSS) / weights, 2),
+        "peak_memory_over_weights": round(_export_memory(before, peak, weights) / weights, 2),
         "if_nodes": sum(
             node.op_type == "If" and node.name.endswith(".attention")
             for node in onnx.load(run.onnx / MODEL, load_external_data=False).graph.node
@@ -188,6 +188,15 @@ def reset_peak() -> None:
     """Forget the peak of earlier steps in this process, where the system can (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", "ascii")
+
+
+def _export_memory(before: int, peak: int, weights: int) -> int:
+    """Upper bound of the export's own memory, bytes: the weights and what it adds to them.
+
+    Without the libraries, which cost the same for any model, and without what earlier steps
+    in the same process have left behind, where that is more.
+    """
+    return min(peak - LIBRARIES_RSS, peak - before + weights)
 
 
 # What torch, transformers and onnx take before any weight is read.
