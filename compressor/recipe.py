@@ -120,13 +120,15 @@ class TuningSpec(_Spec):
     weight_decay: NonNeg = _key(0.0, "Weight decay of AdamW; >= 0.")
     max_grad_norm: Positive = _key(1.0, "Norm to which gradients are clipped; > 0.")
     max_length: Count = _key(512, "Longest sequence, in tokens; >= 1.")
-    bf16: bool | Literal["auto"] = _key("auto", "bfloat16 autocast; auto: where it is native.")
+    bf16: Literal["auto", True, False] = _key(
+        "auto", "bfloat16 autocast; auto: where it is native."
+    )
     cache_gib: NonNeg = _key(2.0, "Dense activations kept between epochs, in GiB; >= 0.")
     report_to: list[str] = _key([], "Loggers of transformers, such as tensorboard or wandb.")
     seed: Seed = _key(0, "Seed of data order and gate noise, 0..2**32 - 1.")
     save_steps: Count = _key(20, "Optimiser steps between checkpoints; >= 1.")
     logging_steps: Count = _key(1, "Optimiser steps between log lines; >= 1.")
-    check_targets: list[Share] = _key([], "Further capacities tuned for, to show the constraint.")
+    check_targets: list[Share] = _key([], "Further capacities to tune for, as a check, 0..1.")
 
 
 class DataSpec(_Spec):

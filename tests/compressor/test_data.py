@@ -93,10 +93,10 @@ def test_messages_lines(lines):
     )
     assert read == [
         turns(("system", "s"), ("user", "q"), ("assistant", "a")),
-        turns(("user", "q"), ("assistant", "a")),
+        turns(("user", "q"), ("assistant", "a"), ("user", "r")),
         turns(("system", "s"), ("user", "q")),
     ]
-    assert [conversation.answered for conversation in read] == [True, True, False]
+    assert [conversation.answered for conversation in read] == [True, False, False]
 
 
 def test_plain_text(tmp_path, lines):

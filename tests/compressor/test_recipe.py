@@ -17,7 +17,6 @@ from pydantic import ValidationError
 
 from mskip.compressor.errors import RecipeError
 from mskip.compressor.recipe import (
-    DataSpec,
     ModelSpec,
     Recipe,
     RouterSpec,
@@ -76,9 +75,11 @@ def test_a_shipped_recipe_loads_fits_its_model_and_comes_back(name: str, write: 
 def test_the_demo_is_embedded_and_routes_13_to_28() -> None:
     recipe = load_recipe("smollm2-135m")
     assert recipe.model == ModelSpec(name="embedded:smollm2-135m")
-    assert recipe.data == DataSpec()
-    assert recipe.router == RouterSpec()
-    assert recipe.tuning == TuningSpec()
+    assert recipe.data.source == "embedded:prompts"
+    assert recipe.router == RouterSpec(sensitivity_prompts=16)
+    assert sorted([recipe.routing.capacity, *recipe.tuning.check_targets]) == [0.25, 0.5, 0.75]
+    assert recipe.validation.prompts >= 32
+    assert recipe.data.held_out >= recipe.validation.prompts
     assert recipe.routing.routed_layers(30) == list(range(13, 29))
 
 
@@ -204,7 +205,7 @@ def test_anchors_and_merge_keys_are_no_repetition(write: Write) -> None:
         ("routing.capacity='0.5'", "'routing.capacity' is '0.5', it should be a valid number"),
         ("routing.granularity=mlp", "'routing.granularity' is 'mlp', it should be 'attention'"),
         ("routing.last=0", "'routing.last' is 0, it should be greater than or equal to 1"),
-        ("tuning.bf16=1", "'tuning.bf16' is 1, it should be a valid boolean"),
+        ("router.bias=1", "'router.bias' is 1, it should be a valid boolean"),
         ("tuning.batch_size=8.0", "'tuning.batch_size' is 8.0, it should be a valid integer"),
         ("tuning.learning_rate=0", "'tuning.learning_rate' is 0, it should be greater than 0"),
         ("tuning.learning_rate=.inf", "'tuning.learning_rate' is inf, it should be a finite"),
@@ -397,19 +398,25 @@ def from_schema(schema: dict[str, Any], defs: dict[str, Any]) -> st.SearchStrate
         ),
         "array": lambda: st.lists(
             from_schema(schema["items"], defs),
-            min_size=schema["minItems"],
+            min_size=schema.get("minItems", 0),
             max_size=4,
             unique=schema.get("uniqueItems", False),
         ),
-        "object": lambda: st.fixed_dictionaries(
-            {key: from_schema(schema["properties"][key], defs) for key in schema["required"]}
-            if "required" in schema
-            else {},
-            optional={
-                key: from_schema(value, defs)
-                for key, value in schema["properties"].items()
-                if key not in schema.get("required", [])
-            },
+        "object": lambda: (
+            st.dictionaries(
+                st.text(max_size=8), from_schema(schema["additionalProperties"], defs), max_size=3
+            )
+            if "properties" not in schema
+            else st.fixed_dictionaries(
+                {key: from_schema(schema["properties"][key], defs) for key in schema["required"]}
+                if "required" in schema
+                else {},
+                optional={
+                    key: from_schema(value, defs)
+                    for key, value in schema["properties"].items()
+                    if key not in schema.get("required", [])
+                },
+            )
         ),
     }
     return kinds[schema["type"]]()
