@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -74,4 +75,18 @@ def _mskip(
 
 def main() -> None:
     """Entry point of the console script."""
-    app(prog_name="mskip")
+    try:
+        app(prog_name="mskip")
+    finally:
+        _leave_processes()
+
+
+def _leave_processes() -> None:
+    """End what `accelerate launch` began, if it did; torch is not imported for it."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":  # accelerate launch -m mskip.cli.main tune
+    main()

@@ -58,7 +58,10 @@ def main(folder: Path) -> None:
     torch.distributed.barrier()
     results["resumed"] = run("cut", resume=True)
     (folder / f"rank-{rank}.json").write_text(json.dumps(results))
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    # The results are written; gloo's threads sometimes abort while the interpreter ends.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -294,7 +294,8 @@ def test_the_report_is_saved(exported: Exported) -> None:
 
 
 @pytest.mark.parametrize(
-    ("capacity", "removed"), [(1.0, []), (0.67, [3]), (0.5, [3]), (0.3, [2, 3]), (0.0, [1, 2, 3])]
+    ("capacity", "removed"),
+    [(1.0, []), (0.67, []), (0.66, [3]), (0.5, [3]), (0.3, [2, 3]), (0.0, [1, 2, 3])],
 )
 def test_static_peer_loses_the_least_sensitive(
     exported: Exported, capacity: float, removed: list[int]
