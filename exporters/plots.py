@@ -27,7 +27,7 @@ _LATENCIES = (  # key, label, colour, marker, line style
     ("execute_ms", "execute (all)", _RED, "^", ":"),
     ("routed_ms", "routed", _BLUE, "o", "-"),
     ("skip_ms", "skip (all)", _GREEN, "v", ":"),
-    ("static_ms", "static (ceiling)", _ORANGE, "D", "--"),
+    ("static_ms", "static (as many removed)", _ORANGE, "D", "--"),
 )
 _GATES = {  # the label, the colour and the hatch of a gate by what it does on every prompt
     None: ("depends on the prompt", _BLUE, ""),
