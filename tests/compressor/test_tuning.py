@@ -26,6 +26,7 @@ from mskip.compressor.checkpoints import CheckpointMixin
 from mskip.compressor.encoding import Sample, collate
 from mskip.compressor.errors import ArtifactError
 from mskip.compressor.evaluation import Reference
+from mskip.compressor.loss import RouterObjective
 from mskip.compressor.models import BaseModel
 from mskip.compressor.objective import Step
 from mskip.compressor.recipe import RouterSpec, TuningSpec
@@ -36,7 +37,7 @@ from mskip.compressor.segments import SplitModel
 from mskip.compressor.skipping import patched
 from mskip.compressor.starting import first_price, initialise
 from mskip.compressor.stems import StemStore
-from mskip.compressor.tuning import Interrupted, RouterObjective, Tuned, tune
+from mskip.compressor.tuning import Interrupted, Tuned, tune
 
 MakeBase = Callable[..., BaseModel]
 MakeSamples = Callable[..., list[Sample]]

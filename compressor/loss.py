@@ -1,0 +1,129 @@
+"""The loss of one micro-batch: gates relaxed, the backbone frozen.
+
+Below the first routed layer nothing is differentiated, and teacher and
+student share what is computed there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mskip.compressor.encoding import Sample
+from mskip.compressor.evaluation import answer_targets
+from mskip.compressor.models import BaseModel
+from mskip.compressor.objective import kl_to_dense, next_token_loss, straight_through_gate
+from mskip.compressor.recipe import TuningSpec
+from mskip.compressor.router import Routers
+from mskip.compressor.routing import Execute
+from mskip.compressor.sampling import gate_noise
+from mskip.compressor.segments import SplitModel
+from mskip.compressor.stems import StemStore
+
+
+class RelaxedPass:
+    """Training: every row is computed and multiplied by its gate.
+
+    Args:
+        routers: the routers being tuned.
+        prompt_mask: [batch, sequence], true on prompt positions.
+        temperature: of the gate's backward sigmoid.
+        noise: logistic noise, [batch, routed], or None.
+    """
+
+    def __init__(
+        self, routers: Routers, prompt_mask: Tensor, temperature: float, noise: Tensor | None
+    ) -> None:
+        self.routers = routers
+        self.prompt_mask = prompt_mask
+        self.temperature = temperature
+        self.noise = noise
+        self.logits: list[Tensor] = []
+
+    def __call__(self, index: int, hidden: Tensor, execute: Execute) -> Tensor:
+        """See `Pass`."""
+        logit = self.routers.logit(index, hidden, self.prompt_mask)
+        self.logits.append(logit)
+        noise = None if self.noise is None else self.noise[:, index]
+        gate = straight_through_gate(logit, self.temperature, noise)
+        output = execute(None)
+        return output * gate[:, None, None].to(output.dtype)
+
+
+class RouterObjective(nn.Module):
+    """Loss of one micro-batch; its only registered child is the routers.
+
+    The backbone is deliberately no submodule: it must not be trained, saved,
+    switched to training mode or wrapped for distributed training.
+
+    Args:
+        base: the dense model, patched while tuning.
+        routers: the routers.
+        spec: the recipe's tuning section.
+        samples: the tuning samples, for the store of dense activations.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(
+        self, base: BaseModel, routers: Routers, spec: TuningSpec, samples: list[Sample]
+    ) -> None:
+        super().__init__()
+        self.routers = routers
+        self.spec = spec
+        split = SplitModel(base.model, routers.layers[0])
+        self.__dict__["split"] = split
+        self.__dict__["store"] = StemStore(split, samples, int(spec.cache_gib * 2**30))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        prompt_mask: Tensor,
+        answer_mask: Tensor,
+        index: Tensor,
+        noise_scale: float,
+        noise_seed: int,
+        num_items_in_batch: Tensor | int,
+        **_: Tensor,
+    ) -> dict[str, Tensor]:
+        """Task loss and router logits.
+
+        Args:
+            input_ids: and the four masks, see `collate`.
+            index: number of each sample, [batch] int64.
+            noise_scale: of the gate noise, 0..1.
+            noise_seed: with the sample's number, decides its noise.
+            num_items_in_batch: answer tokens of the whole optimiser step.
+
+        Returns:
+            ``task``: sum over this micro-batch's answer tokens / num_items_in_batch.
+            ``logits``: [batch, routed], float32.
+        """
+        split: SplitModel = self.__dict__["split"]
+        store: StemStore = self.__dict__["store"]
+        batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "answer_mask": answer_mask,
+        }
+        stem, dense = store.get(batch, index)
+        noise = None
+        if noise_scale > 0:
+            shape = (len(index), len(self.routers.layers))
+            noise = gate_noise(noise_seed, index, shape[1]).to(input_ids.device) * noise_scale
+        routing = RelaxedPass(self.routers, prompt_mask, self.spec.temperature, noise)
+        hidden = split.finish(stem, routing)[answer_mask]
+        student = split.logits(hidden)
+        if self.spec.loss == "kl":
+            with torch.no_grad():
+                teacher = split.logits(dense)
+            mean = kl_to_dense(student, teacher, self.spec.kl_temperature)
+        else:
+            mean = next_token_loss(student, answer_targets(batch))
+        return {
+            "task": mean * (len(hidden) / num_items_in_batch),
+            "logits": torch.stack(routing.logits, dim=1),
+        }
