@@ -22,6 +22,7 @@ from mskip.compressor.files import read_json, sha256, whole_file, write_json, wr
 from mskip.compressor.models import BaseModel
 from mskip.compressor.recipe import Recipe, dump_recipe, load_recipe
 from mskip.compressor.router import Routers
+from mskip.compressor.sublayers import Sublayers
 
 RUNS = Path("runs")
 _LAST = ".last"
@@ -154,7 +155,7 @@ def save_routers(run: Run, routers: Routers, base: BaseModel, recipe: Recipe) ->
         {
             "format": 1,
             "method": "routed",
-            "granularity": recipe.routing.granularity,
+            "granularity": routers.sublayers.granularity,
             "layers": routers.layers,
             "hidden_size": routers.hidden_size,
             "base_model": {
@@ -178,6 +179,7 @@ def load_routers(run: Run, base: BaseModel) -> Routers:
     config = read_json(config_path, "router configuration", _TUNE_FIRST)
     try:
         layers, hidden = list(config["layers"]), int(config["hidden_size"])
+        sublayers = Sublayers(layers, config["granularity"])
         expected = str(config["base_model"]["sha256"])
         name = str(config["base_model"]["name"])
         weights_hash = str(config["router_sha256"])
@@ -191,7 +193,7 @@ def load_routers(run: Run, base: BaseModel) -> Routers:
             f"{base.folder} has hash {base.sha256[:12]}.",
             "Give the model they were tuned on, or tune again on this one.",
         )
-    routers = Routers(layers, hidden)
+    routers = Routers(sublayers, hidden)
     try:
         state = safetensors.torch.load_file(weights)
         routers.load_state_dict(state)

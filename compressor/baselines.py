@@ -19,7 +19,8 @@ from mskip.compressor.encoding import Batch
 from mskip.compressor.evaluation import Reference
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.router import prompt_mean
-from mskip.compressor.routing import Execute, ForcedPass
+from mskip.compressor.routing import Call, ForcedPass
+from mskip.compressor.sublayers import Sublayers, as_sublayers
 
 
 @dataclass(frozen=True)
@@ -65,25 +66,26 @@ def forced_to(gates: Tensor) -> Callable[[Batch], ForcedPass]:
 class _CosinePass:
     """Executes everything and compares the residual stream before and after."""
 
-    def __init__(self, reference: Reference, layers: list[int], mask: Tensor) -> None:
-        self.sums = torch.zeros(len(layers))
+    def __init__(self, reference: Reference, sublayers: Sublayers, mask: Tensor) -> None:
+        self.sums = torch.zeros(len(sublayers))
         self.mask = mask.bool()
+        self.adds = sublayers.granularity != "block"
         self._residual: dict[int, Tensor] = {}
         family, model = reference.split.family, reference.split.model
-        blocks = family.decoder_layers(model)
         self._hooks = [
-            blocks[layer].register_forward_pre_hook(self._catcher(index))
-            for index, layer in enumerate(layers)
+            family.norm_of(model, layer, sublayers.granularity).register_forward_pre_hook(
+                _Catcher(self._residual, index)
+            )
+            for index, layer in enumerate(sublayers.layers)
         ]
 
-    def _catcher(self, index: int) -> _Catcher:
-        return _Catcher(self._residual, index)
-
-    def __call__(self, index: int, hidden: Tensor, execute: Execute) -> Tensor:
-        output = execute(None)
-        before = self._residual[index][self.mask].float()
-        after = before + output[self.mask].float()
-        self.sums[index] = torch.cosine_similarity(before, after, dim=-1).sum().cpu()
+    def __call__(self, call: Call) -> Tensor:
+        output = call.execute(None)
+        before = self._residual[call.index][self.mask].float()
+        after = output[self.mask].float()
+        if self.adds:
+            after = after + before
+        self.sums[call.index] = torch.cosine_similarity(before, after, dim=-1).sum().cpu()
         return output
 
     def close(self) -> None:
@@ -92,6 +94,8 @@ class _CosinePass:
 
 
 class _Catcher:
+    """Keeps the input of a norm, which is the residual stream before its sublayer."""
+
     def __init__(self, store: dict[int, Tensor], index: int) -> None:
         self.store, self.index = store, index
 
@@ -101,19 +105,20 @@ class _Catcher:
 
 @torch.no_grad()
 def measure_sensitivity(
-    reference: Reference, layers: list[int], progress: Progress = silent
+    reference: Reference, sublayers: Sublayers | list[int], progress: Progress = silent
 ) -> Sensitivity:
     """Skip each routed sublayer alone, and compare its input and output.
 
     Args:
         reference: samples of a patched model.
-        layers: decoder layer index of each routed sublayer.
+        sublayers: what is routed; a bare list of layers means their attention.
         progress: one unit a sublayer.
     """
-    routed = len(layers)
+    sublayers = as_sublayers(sublayers)
+    routed = len(sublayers)
     cosine, positions = torch.zeros(routed), 0
     for batch, stem in reference.batches:
-        watch = _CosinePass(reference, layers, batch["attention_mask"])
+        watch = _CosinePass(reference, sublayers, batch["attention_mask"])
         try:
             reference.split.finish(stem, watch)
         finally:
@@ -126,7 +131,7 @@ def measure_sensitivity(
         gates = others.to(reference.split.model.device)
         divergence.append(reference.quality(forced_to(gates)).kl)
         progress("sensitivity", index + 1, routed)
-    return Sensitivity(list(layers), divergence, (cosine / positions).tolist())
+    return Sensitivity(list(sublayers.layers), divergence, (cosine / positions).tolist())
 
 
 class _MeanPass:
@@ -136,9 +141,9 @@ class _MeanPass:
         self.prompt_mask = prompt_mask
         self.means: list[Tensor] = []
 
-    def __call__(self, index: int, hidden: Tensor, execute: Execute) -> Tensor:
-        self.means.append(prompt_mean(hidden, self.prompt_mask))
-        return execute(None)
+    def __call__(self, call: Call) -> Tensor:
+        self.means.append(prompt_mean(call.hidden, self.prompt_mask))
+        return call.execute(None)
 
 
 @torch.no_grad()

@@ -15,10 +15,11 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from mskip.compressor.routing import EXECUTE, fresh_decisions
+from mskip.compressor.sublayers import Sublayers, as_sublayers
 
 
 class RoutedLayer(DynamicLayer):
-    """Keys and values of one routed sublayer, for the executing rows only.
+    """Keys and values of one routed attention or block, for the executing rows only.
 
     ``keys`` and ``values`` are [executing rows, kv heads, seen, head dim]. The
     length counts the positions the model has seen, whether or not this
@@ -71,18 +72,18 @@ class RoutedCache(DynamicCache):
 
     Args:
         config: the model's configuration.
-        routed_layers: decoder layer index of each routed sublayer.
+        sublayers: what is routed; a bare list of layers means their attention.
     """
 
     decisions: Tensor | None
     scores: Tensor | None
 
-    def __init__(self, config: PreTrainedConfig, routed_layers: list[int]) -> None:
+    def __init__(self, config: PreTrainedConfig, sublayers: Sublayers | list[int]) -> None:
         super().__init__(config=config)
-        self.routed_layers = list(routed_layers)
+        self.sublayers = as_sublayers(sublayers)
         self.decisions = None
         self.scores = None
-        for layer in routed_layers:
+        for layer in self.sublayers.cached:
             self.layers[layer] = RoutedLayer()
 
     def open(self, batch: int, device: torch.device, routing: Tensor | None = None) -> None:
@@ -95,7 +96,7 @@ class RoutedCache(DynamicCache):
                 every decision to the first call.
         """
         if self.decisions is None:
-            decisions, scores = fresh_decisions(batch, len(self.routed_layers))
+            decisions, scores = fresh_decisions(batch, len(self.sublayers))
             self.decisions = (decisions if routing is None else routing).to(device)
             self.scores = scores.to(device)
 
@@ -109,7 +110,7 @@ class RoutedCache(DynamicCache):
         assert self.decisions is not None
         assert self.scores is not None
         rows = rows.to(self.decisions.device)
-        for index, layer in enumerate(self.routed_layers):
+        for index, layer in enumerate(self.sublayers.cached):
             executing = self.decisions[:, index] == EXECUTE
             compact = executing.cumsum(0) - 1
             kept = compact[rows][executing[rows]]

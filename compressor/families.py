@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mskip.compressor.errors import ModelError
+from mskip.compressor.sublayers import Granularity
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class Family:
         layers: path of the decoder layers' ``ModuleList``.
         attention: name of the attention module within a layer; its first
             argument ``hidden_states`` is the post-layernorm hidden state.
+        attention_norm: name of the norm before the attention, which is the layer's first step.
+        mlp: name of the MLP within a layer; it takes the normed hidden state alone.
+        mlp_norm: name of the norm before the MLP.
         final_norm: path of the norm before the head.
         head: path of the language-model head.
     """
@@ -33,6 +37,9 @@ class Family:
     model_type: str
     layers: str = "model.layers"
     attention: str = "self_attn"
+    attention_norm: str = "input_layernorm"
+    mlp: str = "mlp"
+    mlp_norm: str = "post_attention_layernorm"
     final_norm: str = "model.norm"
     head: str = "lm_head"
 
@@ -43,6 +50,18 @@ class Family:
     def attention_of(self, model: PreTrainedModel, layer: int) -> nn.Module:
         """The attention module of decoder layer ``layer``."""
         return model.get_submodule(f"{self.layers}.{layer}.{self.attention}")
+
+    def sublayer_of(self, model: PreTrainedModel, layer: int, kind: Granularity) -> nn.Module:
+        """The module that a skip of this granularity leaves out."""
+        block = model.get_submodule(f"{self.layers}.{layer}")
+        if kind == "block":
+            return block
+        return block.get_submodule(self.attention if kind == "attention" else self.mlp)
+
+    def norm_of(self, model: PreTrainedModel, layer: int, kind: Granularity) -> nn.Module:
+        """The norm that gives the sublayer's input; its own input is the residual stream."""
+        name = self.mlp_norm if kind == "mlp" else self.attention_norm
+        return model.get_submodule(f"{self.layers}.{layer}.{name}")
 
 
 FAMILIES: dict[str, Family] = {row.model_type: row for row in (Family("llama"),)}

@@ -15,14 +15,14 @@ from mskip.compressor.models import BaseModel
 from mskip.compressor.objective import kl_to_dense, next_token_loss, straight_through_gate
 from mskip.compressor.recipe import TuningSpec
 from mskip.compressor.router import Routers
-from mskip.compressor.routing import Execute
+from mskip.compressor.routing import Call
 from mskip.compressor.sampling import gate_noise
 from mskip.compressor.segments import SplitModel
 from mskip.compressor.stems import StemStore
 
 
 class RelaxedPass:
-    """Training: every row is computed and multiplied by its gate.
+    """Training: every row is computed both ways, and its gate mixes the two.
 
     Args:
         routers: the routers being tuned.
@@ -40,14 +40,15 @@ class RelaxedPass:
         self.noise = noise
         self.logits: list[Tensor] = []
 
-    def __call__(self, index: int, hidden: Tensor, execute: Execute) -> Tensor:
+    def __call__(self, call: Call) -> Tensor:
         """See `Pass`."""
-        logit = self.routers.logit(index, hidden, self.prompt_mask)
+        logit = self.routers.logit(call.index, call.hidden, self.prompt_mask)
         self.logits.append(logit)
-        noise = None if self.noise is None else self.noise[:, index]
-        gate = straight_through_gate(logit, self.temperature, noise)
-        output = execute(None)
-        return output * gate[:, None, None].to(output.dtype)
+        noise = None if self.noise is None else self.noise[:, call.index]
+        gate = straight_through_gate(logit, self.temperature, noise)[:, None, None]
+        executed, skipped = call.execute(None), call.skip(None)
+        gate = gate.to(executed.dtype)  # exactly 0 or 1 in value, so each side comes out exact
+        return executed * gate + skipped * (1 - gate)
 
 
 class RouterObjective(nn.Module):

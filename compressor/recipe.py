@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mskip.compressor.errors import RecipeError
+from mskip.compressor.sublayers import Granularity
 
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
@@ -53,7 +54,7 @@ class ModelSpec(_Spec):
 class RoutingSpec(_Spec):
     """Which sublayers get a router, and how many of their calls are to be executed."""
 
-    granularity: Literal["attention"] = _key("attention", "The sublayer that a router may skip.")
+    granularity: Granularity = _key("attention", "What a router may skip: block is both.")
     layers: Layers | None = _key(None, "Indices, from 0; null goes by last and exclude_last.")
     last: Count = _key(16, "Number of routed layers, the last ones before exclude_last; >= 1.")
     exclude_last: Index = _key(1, "Number of layers at the very end left unrouted; >= 0.")

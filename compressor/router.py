@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mskip.compressor.sublayers import Sublayers, as_sublayers
+
 
 def prompt_mean(hidden: Tensor, prompt_mask: Tensor) -> Tensor:
     """Mean of the hidden state over the prompt positions.
@@ -36,7 +38,7 @@ class Routers(nn.Module):
     the paper's router. `folded` gives the equal plain affine form.
 
     Args:
-        layers: decoder layer index of each routed sublayer, ascending.
+        sublayers: what is routed; a bare list of layers means their attention.
         hidden_size: width of the residual stream.
         bias: whether the routers have a trained bias.
     """
@@ -44,15 +46,23 @@ class Routers(nn.Module):
     center: Tensor
     scale: Tensor
 
-    def __init__(self, layers: list[int], hidden_size: int, *, bias: bool = True) -> None:
+    def __init__(
+        self, sublayers: Sublayers | list[int], hidden_size: int, *, bias: bool = True
+    ) -> None:
         super().__init__()
-        self.layers = list(layers)
+        # Not a submodule's owner: the compensation in it is trained and saved by itself.
+        self.sublayers = as_sublayers(sublayers)
         self.trains_bias = bias
-        routed = len(layers)
+        routed = len(self.sublayers)
         self.weight = nn.Parameter(torch.zeros(routed, hidden_size))
         self.bias = nn.Parameter(torch.zeros(routed), requires_grad=bias)
         self.register_buffer("center", torch.zeros(routed, hidden_size))
         self.register_buffer("scale", torch.ones(routed, hidden_size))
+
+    @property
+    def layers(self) -> list[int]:
+        """Decoder layer index of each routed sublayer, ascending."""
+        return self.sublayers.layers
 
     @property
     def hidden_size(self) -> int:

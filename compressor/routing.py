@@ -1,14 +1,15 @@
 """Decisions: how they are taken, carried and applied to one forward call.
 
 A forward call of a patched model carries a *pass* in its keyword argument
-``routing``. Each routed sublayer hands the pass its input and a function that
-executes the sublayer for chosen rows; the pass says what comes out. Nothing
+``routing``. Each routed sublayer hands the pass a `Call`, which can execute or
+skip it for chosen rows; the pass says what comes out. Nothing
 is stored on the model's modules, so any number of calls can interleave.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -20,43 +21,73 @@ UNDECIDED = -1
 SKIP = 0
 EXECUTE = 1
 
-Execute = Callable[[Tensor | None], Tensor]
-"""Runs the sublayer for the given rows ([n] int64; None means all): [n, sequence, hidden]."""
+Rows = Tensor | None
+"""Sequences of a batch, [n] int64; None means all of them."""
+
+
+class Call:
+    """One call of a routed sublayer, handed to the pass.
+
+    Args:
+        index: position of the routed sublayer, 0..routed-1.
+        batch: sequences in the call.
+        hidden: computes the input after its norm, [batch, sequence, hidden].
+        execute: runs the sublayer for chosen rows, [n, sequence, hidden].
+        skip: what it gives where it is skipped, for chosen rows, same shape. Of a block
+            both give the new residual stream, else what is added to it.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        batch: int,
+        hidden: Callable[[], Tensor],
+        execute: Callable[[Rows], Tensor],
+        skip: Callable[[Rows], Tensor],
+    ) -> None:
+        self.index = index
+        self.batch = batch
+        self._hidden = hidden
+        self.execute = execute
+        self.skip = skip
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """The sublayer's input after its norm, [batch, sequence, hidden]; computed when asked for.
+
+        It is what the router scores, and what a compensation maps.
+        """
+        return self._hidden()
 
 
 class Pass(Protocol):
     """What one forward call does at a routed sublayer."""
 
-    def __call__(self, index: int, hidden: Tensor, execute: Execute) -> Tensor:
-        """Output of routed sublayer ``index``, [batch, sequence, hidden].
-
-        Args:
-            index: position of the routed sublayer, 0..routed-1.
-            hidden: the sublayer's input after its norm, [batch, sequence, hidden].
-            execute: runs the sublayer for chosen rows.
-        """
+    def __call__(self, call: Call) -> Tensor:
+        """Output of the routed sublayer, [batch, sequence, hidden]."""
         ...
 
 
-def execute_rows(hidden: Tensor, gate: Tensor, execute: Execute) -> Tensor:
-    """Run the sublayer for the rows whose gate is open; zeros elsewhere.
+def execute_rows(call: Call, gate: Tensor) -> Tensor:
+    """Execute the sublayer for the rows whose gate is open, and skip it for the others.
 
     Args:
-        hidden: [batch, sequence, hidden].
+        call: of the sublayer.
         gate: [batch], bool.
-        execute: runs the sublayer for chosen rows.
 
     Returns:
-        [batch, sequence, hidden]; a closed row is exactly zero, so the residual
-        stream passes by unchanged.
+        [batch, sequence, hidden].
     """
     rows = gate.nonzero().squeeze(1)
     if rows.numel() == gate.numel():
-        return execute(None)
+        return call.execute(None)
     if rows.numel() == 0:
-        execute(rows)
-        return torch.zeros_like(hidden)
-    return torch.zeros_like(hidden).index_copy(0, rows, execute(rows).to(hidden.dtype))
+        return call.skip(None)
+    executed = call.execute(rows)
+    others = (~gate).nonzero().squeeze(1)
+    output = executed.new_empty(len(gate), *executed.shape[1:])
+    output = output.index_copy(0, rows, executed)
+    return output.index_copy(0, others, call.skip(others).to(executed.dtype))
 
 
 class HardPass:
@@ -95,15 +126,16 @@ class HardPass:
         # One look at the decisions for the whole call: decoding never scores.
         self.scoring = bool((decisions == UNDECIDED).any())
 
-    def __call__(self, index: int, hidden: Tensor, execute: Execute) -> Tensor:
+    def __call__(self, call: Call) -> Tensor:
         """See `Pass`."""
+        index = call.index
         if self.scoring:
             open_ = self.decisions[:, index] == UNDECIDED
-            score = torch.sigmoid(self.routers.logit(index, hidden, self.prompt_mask))
+            score = torch.sigmoid(self.routers.logit(index, call.hidden, self.prompt_mask))
             taken = (score >= self.tau[index]).to(torch.int8)
             self.scores[:, index] = torch.where(open_, score, self.scores[:, index])
             self.decisions[:, index] = torch.where(open_, taken, self.decisions[:, index])
-        return execute_rows(hidden, self.decisions[:, index] == EXECUTE, execute)
+        return execute_rows(call, self.decisions[:, index] == EXECUTE)
 
 
 class ForcedPass:
@@ -116,9 +148,9 @@ class ForcedPass:
     def __init__(self, gates: Tensor) -> None:
         self.gates = gates
 
-    def __call__(self, index: int, hidden: Tensor, execute: Execute) -> Tensor:
+    def __call__(self, call: Call) -> Tensor:
         """See `Pass`."""
-        return execute_rows(hidden, self.gates[:, index].expand(hidden.shape[0]), execute)
+        return execute_rows(call, self.gates[:, call.index].expand(call.batch))
 
 
 def fresh_decisions(batch: int, routed: int) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Placing the skip in a Hugging Face model, and taking it out again.
 
-`patched` replaces the ``forward`` of the routed attention modules so that a
-*pass* in the keyword argument ``routing`` decides what runs; without a pass
-the model is dense. `attach` adds the bookkeeping that makes ordinary calls and
+`patched` replaces the ``forward`` of the routed modules so that a *pass* in the
+keyword argument ``routing`` decides what runs; without a pass the model is
+dense. `MindSkip` adds the bookkeeping that makes ordinary calls and
 ``model.generate`` route by themselves. Both restore the model exactly.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,10 +21,20 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from mskip.compressor.cache import RoutedCache, RoutedLayer
+from mskip.compressor.compensation import Compensation
 from mskip.compressor.errors import ModelError
 from mskip.compressor.families import family_of
 from mskip.compressor.router import Routers
-from mskip.compressor.routing import UNDECIDED, HardPass, Pass, forced, fresh_decisions
+from mskip.compressor.routing import (
+    UNDECIDED,
+    Call,
+    HardPass,
+    Pass,
+    Rows,
+    forced,
+    fresh_decisions,
+)
+from mskip.compressor.sublayers import Sublayers, as_sublayers
 
 
 def take_rows(value: Any, rows: Tensor, batch: int) -> Any:
@@ -48,31 +59,114 @@ def take_rows(value: Any, rows: Tensor, batch: int) -> Any:
     return value
 
 
-def _routed_forward(
-    attention: nn.Module, index: int, layer: int, dense: Callable[..., Any]
+def _note_skip(cache: Any, layer: int, positions: int) -> None:
+    """Tell a routed layer's cache that nobody executed these positions."""
+    if cache is not None:
+        routed_layer = cache.layers[layer]
+        assert isinstance(routed_layer, RoutedLayer)
+        routed_layer.skip(positions)
+
+
+def _some(hidden: Tensor, rows: Rows) -> Tensor:
+    return hidden if rows is None else hidden.index_select(0, rows)
+
+
+def _nothing(hidden: Tensor, index: int, compensation: Compensation | None) -> Tensor:
+    """What a skipped attention or MLP adds to the residual stream."""
+    return torch.zeros_like(hidden) if compensation is None else compensation(index, hidden)
+
+
+def _attention_forward(
+    index: int, layer: int, dense: Callable[..., Any], compensation: Compensation | None
 ) -> Callable[..., Any]:
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         routing: Pass | None = kwargs.pop("routing", None)
         if routing is None:
             return dense(hidden_states, *args, **kwargs)
         batch, positions = hidden_states.shape[:2]
-        cache = kwargs.get("past_key_values")
 
-        def execute(rows: Tensor | None) -> Tensor:
+        def execute(rows: Rows) -> Tensor:
+            some = kwargs
+            if rows is not None:
+                some = {key: take_rows(value, rows, batch) for key, value in kwargs.items()}
+            output: Tensor = dense(_some(hidden_states, rows), *args, **some)[0]
+            return output
+
+        def skip(rows: Rows) -> Tensor:
             if rows is None:
-                output: Tensor = dense(hidden_states, *args, **kwargs)[0]
-                return output
-            if rows.numel() == 0:
-                if cache is not None:
-                    routed_layer = cache.layers[layer]
-                    assert isinstance(routed_layer, RoutedLayer)
-                    routed_layer.skip(positions)
-                return hidden_states[:0]
-            some = {key: take_rows(value, rows, batch) for key, value in kwargs.items()}
-            selected: Tensor = dense(hidden_states.index_select(0, rows), *args, **some)[0]
-            return selected
+                _note_skip(kwargs.get("past_key_values"), layer, positions)
+            return _nothing(_some(hidden_states, rows), index, compensation)
 
-        return routing(index, hidden_states, execute), None
+        return routing(Call(index, batch, lambda: hidden_states, execute, skip)), None
+
+    return forward
+
+
+# The layer hands its MLP the hidden state and nothing else, so the pass goes round it.
+_pass_of_layer: ContextVar[Pass | None] = ContextVar("pass of the layer that runs", default=None)
+
+
+def _layer_with_routed_mlp(dense: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, routing: Pass | None = None, **kwargs: Any) -> Any:
+        token = _pass_of_layer.set(routing)
+        try:
+            return dense(*args, **kwargs)
+        finally:
+            _pass_of_layer.reset(token)
+
+    return forward
+
+
+def _mlp_forward(
+    index: int, dense: Callable[..., Any], compensation: Compensation | None
+) -> Callable[..., Any]:
+    def forward(hidden_states: Tensor) -> Any:
+        routing = _pass_of_layer.get()
+        if routing is None:
+            return dense(hidden_states)
+
+        def execute(rows: Rows) -> Tensor:
+            output: Tensor = dense(_some(hidden_states, rows))
+            return output
+
+        def skip(rows: Rows) -> Tensor:
+            return _nothing(_some(hidden_states, rows), index, compensation)
+
+        return routing(Call(index, len(hidden_states), lambda: hidden_states, execute, skip))
+
+    return forward
+
+
+def _block_forward(
+    index: int,
+    layer: int,
+    dense: Callable[..., Any],
+    norm: nn.Module,
+    compensation: Compensation | None,
+) -> Callable[..., Any]:
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        routing: Pass | None = kwargs.pop("routing", None)
+        if routing is None:
+            return dense(hidden_states, *args, **kwargs)
+        batch, positions = hidden_states.shape[:2]
+
+        def execute(rows: Rows) -> Tensor:
+            some = kwargs
+            if rows is not None:
+                some = {key: take_rows(value, rows, batch) for key, value in kwargs.items()}
+            output: Tensor = dense(_some(hidden_states, rows), *args, **some)
+            return output
+
+        def skip(rows: Rows) -> Tensor:
+            if rows is None:
+                _note_skip(kwargs.get("past_key_values"), layer, positions)
+            hidden = _some(hidden_states, rows)
+            if compensation is not None:
+                hidden = hidden + compensation(index, _some(call.hidden, rows))
+            return hidden
+
+        call = Call(index, batch, lambda: norm(hidden_states), execute, skip)
+        return routing(call)
 
     return forward
 
@@ -82,45 +176,61 @@ class Patch:
 
     Args:
         model: a supported causal LM.
-        layers: decoder layer index of each routed sublayer.
+        sublayers: what is routed; a bare list of layers means their attention.
 
     Raises:
         ModelError: unsupported architecture, a layer out of range, or a model
             that is patched already.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: list[int]) -> None:
+    def __init__(self, model: PreTrainedModel, sublayers: Sublayers | list[int]) -> None:
         family = family_of(model)
-        count = len(family.decoder_layers(model))
+        blocks = family.decoder_layers(model)
+        count = len(blocks)
+        sublayers = as_sublayers(sublayers)
+        layers, kind = sublayers.layers, sublayers.granularity
         if bad := [layer for layer in layers if not 0 <= layer < count]:
             raise ModelError(f"layers {bad} do not exist: the model has layers 0..{count - 1}.")
         if len(set(layers)) < len(layers):
             raise ModelError(f"layers {layers} name a layer twice.")
-        attentions = [family.attention_of(model, layer) for layer in range(count)]
-        forwards = [attention.__dict__.get("forward") for attention in attentions]
         # Any layer: a second pass would be handed to the first one's layers too.
-        if any(getattr(forward, "__module__", None) == __name__ for forward in forwards):
+        if any(_is_patched(module) for block in blocks for module in block.modules()):
             raise ModelError("this model has routers attached already; detach them first.")
         self._saved: list[tuple[nn.Module, Any]] = []
         for index, layer in enumerate(layers):
-            attention = attentions[layer]
-            self._saved.append((attention, forwards[layer]))
-            attention.forward = _routed_forward(attention, index, layer, attention.forward)
+            module = family.sublayer_of(model, layer, kind)
+            dense, compensation = module.forward, sublayers.compensation
+            if kind == "attention":
+                self._replace(module, _attention_forward(index, layer, dense, compensation))
+            elif kind == "mlp":
+                self._replace(module, _mlp_forward(index, dense, compensation))
+                self._replace(blocks[layer], _layer_with_routed_mlp(blocks[layer].forward))
+            else:
+                norm = family.norm_of(model, layer, kind)
+                self._replace(module, _block_forward(index, layer, dense, norm, compensation))
+
+    def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._saved.append((module, module.__dict__.get("forward")))
+        module.forward = forward
 
     def restore(self) -> None:
         """Put every ``forward`` back as it was."""
-        for attention, previous in reversed(self._saved):
+        for module, previous in reversed(self._saved):
             if previous is None:
-                del attention.forward
+                del module.forward
             else:
-                attention.forward = previous
+                module.forward = previous
         self._saved.clear()
 
 
+def _is_patched(module: nn.Module) -> bool:
+    return getattr(module.__dict__.get("forward"), "__module__", None) == __name__
+
+
 @contextmanager
-def patched(model: PreTrainedModel, layers: list[int]) -> Iterator[None]:
-    """Patch the routed layers for the duration of the block."""
-    patch = Patch(model, layers)
+def patched(model: PreTrainedModel, sublayers: Sublayers | list[int]) -> Iterator[None]:
+    """Patch the routed sublayers for the duration of the block."""
+    patch = Patch(model, sublayers)
     try:
         yield
     finally:
@@ -157,7 +267,7 @@ class MindSkip:
         self.model = model
         self.routers = routers.to(model.device)
         self.tau = as_tau(tau, len(routers.layers)).to(model.device)
-        self._patch = Patch(model, routers.layers)
+        self._patch = Patch(model, routers.sublayers)
         self._hook = model.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def detach(self) -> None:
@@ -173,7 +283,7 @@ class MindSkip:
 
     def cache(self, routing: Tensor | None = None) -> RoutedCache:
         """An empty cache; ``routing`` ([batch, routed] of -1, 0, 1) gives its decisions."""
-        cache = RoutedCache(self.model.config, self.routers.layers)
+        cache = RoutedCache(self.model.config, self.routers.sublayers)
         if routing is not None:
             cache.open(len(routing), self.model.device, forced(routing))
         return cache

@@ -180,7 +180,7 @@ def tune(
     found = trainer.newest_checkpoint() if resume else None
     if found is not None and trainer.restore_finished(found):
         return Tuned(routers.eval().requires_grad_(False), trainer.trace)
-    with patched(base.model, routers.layers), _stop_after_step(trainer) as flag:
+    with patched(base.model, routers.sublayers), _stop_after_step(trainer) as flag:
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
     if flag["stopped"] and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(

@@ -42,6 +42,7 @@ from mskip.compressor.routing import HardPass, fresh_decisions
 from mskip.compressor.samples import Samples, run_samples
 from mskip.compressor.skipping import patched
 from mskip.compressor.starting import first_price, initialise
+from mskip.compressor.sublayers import Sublayers
 from mskip.compressor.tuning import tune
 
 # Steps below this distance of two scores are lost in the engine's arithmetic.
@@ -51,9 +52,10 @@ RESOLUTION = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}
 _AFTER_CALIBRATION = ("eval", "export", "validate", "bench")
 
 
-def routed_layers(recipe: Recipe, base: BaseModel) -> list[int]:
-    """Decoder layers that a recipe routes in this model."""
-    return recipe.routing.routed_layers(base.model.config.get_text_config().num_hidden_layers)
+def routed_sublayers(recipe: Recipe, base: BaseModel) -> Sublayers:
+    """What a recipe routes in this model."""
+    count = base.model.config.get_text_config().num_hidden_layers
+    return Sublayers(recipe.routing.routed_layers(count), recipe.routing.granularity)
 
 
 def tune_run(
@@ -76,7 +78,8 @@ def tune_run(
         Interrupted: Ctrl-C, after a checkpoint.
     """
     started = time.monotonic()
-    layers = routed_layers(recipe, base)
+    sublayers = routed_sublayers(recipe, base)
+    layers = sublayers.layers
     if resume and (run.path / "recipe.yaml").is_file() and run.recipe() != recipe:
         raise RecipeError(
             f"the recipe differs from the one that {run.path} was started with.",
@@ -87,15 +90,15 @@ def tune_run(
     run.write_recipe(recipe)
     run.remember()
     samples = run_samples(run, recipe, base, progress)
-    with patched(base.model, layers):
+    with patched(base.model, sublayers):
         measured = samples.tune[: recipe.router.sensitivity_prompts]
         reference = Reference(base, layers[0], measured, progress=progress)
-        sensitivity = measure_sensitivity(reference, layers, progress)
+        sensitivity = measure_sensitivity(reference, sublayers, progress)
         inputs = router_inputs(reference)
 
     def tuned(target: float, folder: Path, stage: str) -> tuple[Routers, list[dict[str, float]]]:
         torch.manual_seed(recipe.tuning.seed)
-        routers = Routers(layers, inputs.shape[2], bias=recipe.router.bias).to(base.model.device)
+        routers = Routers(sublayers, inputs.shape[2], bias=recipe.router.bias).to(base.model.device)
         initialise(routers, recipe.router, inputs, sensitivity, target)
         outcome = tune(
             base,
@@ -150,7 +153,7 @@ def _reached(
     target: float,
     trace: list[dict[str, float]],
 ) -> dict[str, Any]:
-    with patched(base.model, routers.layers):
+    with patched(base.model, routers.sublayers):
         scorer = PromptScorer(base, routers, samples)
         decisions, _ = scorer(torch.full((len(routers.layers),), 0.5), list(range(len(scorer))))
     return {
@@ -188,7 +191,7 @@ def calibrate_run(
     routers = load_routers(run, base).to(base.model.device)
     samples = run_samples(run, recipe, base, progress)
     routed = len(routers.layers)
-    with patched(base.model, routers.layers):
+    with patched(base.model, routers.sublayers):
         scorer = PromptScorer(base, routers, samples.calibration)
         everyone = list(range(len(scorer)))
         if per_layer:
@@ -320,7 +323,7 @@ def evaluate_run(
         )
         progress("evaluate", len(rows), 4, method)
 
-    with patched(base.model, layers):
+    with patched(base.model, routers.sublayers):
         reference = Reference(base, layers[0], samples, progress=progress)
         dense = reference.quality(lambda _: None)
         add("dense", dense, 1.0, [])

@@ -31,7 +31,7 @@ class TorchRunner(Runner):
         self.base = base
         self.routers = routers
         self.contract = contract
-        self._patch = Patch(base.model, routers.layers)
+        self._patch = Patch(base.model, routers.sublayers)
 
     def close(self) -> None:
         """Restore the model."""
@@ -51,7 +51,7 @@ class TorchRunner(Runner):
         # The caller's state stays usable: a cache that grows is a copy. Tensors are
         # replaced, never written to, so only the lists of them are new.
         empty = cache is None
-        cache = RoutedCache(model.config, self.routers.layers) if empty else _fork(cache)
+        cache = RoutedCache(model.config, self.routers.sublayers) if empty else _fork(cache)
         if cache.decisions is None:
             cache.open(len(input_ids), device, forced(torch.from_numpy(routing)))
         new = input_ids.shape[1]

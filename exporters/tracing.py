@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from mskip.compressor.families import Family, family_of
 from mskip.compressor.router import Routers, prompt_mean
-from mskip.compressor.routing import UNDECIDED, Execute
+from mskip.compressor.routing import UNDECIDED, Call
 from mskip.compressor.skipping import patched
 from mskip.exporters.contract import Contract
 
@@ -101,7 +101,8 @@ class _TracedPass:
         self.scores: list[Tensor] = []
         self.arguments: dict[str, Any] = {}
 
-    def __call__(self, index: int, hidden: Tensor, execute: Execute) -> Tensor:
+    def __call__(self, call: Call) -> Tensor:
+        index, hidden = call.index, call.hidden
         layer = self.trunk.layers[index]
         batch = hidden.shape[0]
         score = torch.onnx.ops.symbolic(

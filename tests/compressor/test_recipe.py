@@ -203,7 +203,10 @@ def test_anchors_and_merge_keys_are_no_repetition(write: Write) -> None:
         ("routing.capacity=1.01", "'routing.capacity' is 1.01, it should be less than or equal"),
         ("routing.capacity=true", "'routing.capacity' is True, it should be a valid number"),
         ("routing.capacity='0.5'", "'routing.capacity' is '0.5', it should be a valid number"),
-        ("routing.granularity=mlp", "'routing.granularity' is 'mlp', it should be 'attention'"),
+        (
+            "routing.granularity=head",
+            "'routing.granularity' is 'head', it should be 'attention', 'mlp' or 'block'",
+        ),
         ("routing.last=0", "'routing.last' is 0, it should be greater than or equal to 1"),
         ("router.bias=1", "'router.bias' is 1, it should be a valid boolean"),
         ("tuning.batch_size=8.0", "'tuning.batch_size' is 8.0, it should be a valid integer"),

@@ -31,7 +31,7 @@ from mskip.compressor.models import BaseModel
 from mskip.compressor.objective import Step
 from mskip.compressor.recipe import RouterSpec, TuningSpec
 from mskip.compressor.router import Routers
-from mskip.compressor.routing import Execute
+from mskip.compressor.routing import Call
 from mskip.compressor.sampling import GroupedByLength
 from mskip.compressor.segments import SplitModel
 from mskip.compressor.skipping import patched
@@ -314,12 +314,12 @@ def test_paper_form(
     mask = batch["prompt_mask"].float()[..., None]
     gates = []
 
-    def routing(index: int, hidden: Tensor, execute: Execute) -> Tensor:
-        mean = (hidden * mask).sum(1) / mask.sum(1)
-        score = torch.sigmoid(mean @ own[index])
+    def routing(call: Call) -> Tensor:
+        mean = (call.hidden * mask).sum(1) / mask.sum(1)
+        score = torch.sigmoid(mean @ own[call.index])
         gate = (score >= 0.5).float() + score - score.detach()
         gates.append(gate)
-        return execute(None) * gate[:, None, None]
+        return call.execute(None) * gate[:, None, None]
 
     with patched(base.model, LAYERS):
         hidden = base.model.model(

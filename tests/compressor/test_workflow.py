@@ -29,7 +29,7 @@ from mskip.compressor.router import Routers
 from mskip.compressor.samples import run_samples
 from mskip.compressor.skipping import MindSkip
 from mskip.compressor.tuning import Interrupted
-from mskip.compressor.workflow import calibrate_run, evaluate_run, routed_layers, tune_run
+from mskip.compressor.workflow import calibrate_run, evaluate_run, routed_sublayers, tune_run
 
 
 @pytest.fixture(scope="module")
@@ -224,10 +224,10 @@ def test_without_resume_old_checkpoints_go(
 
 
 def test_routed_layers(tiny: BaseModel, recipe: Recipe) -> None:
-    assert routed_layers(recipe, tiny) == [1, 2]
+    assert routed_sublayers(recipe, tiny).layers == [1, 2]
     other = recipe.model_copy(update={"routing": RoutingSpec(last=16)})
     with pytest.raises(RecipeError, match=r"routing\.last = 16"):
-        routed_layers(other, tiny)
+        routed_sublayers(other, tiny)
 
 
 # -- calibrate --------------------------------------------------------------------------------

@@ -1,0 +1,41 @@
+"""What is routed: which sublayers, of which kind, and what stands in where one is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # Recipes are read without torch.
+    from mskip.compressor.compensation import Compensation
+
+Granularity = Literal["attention", "mlp", "block"]
+
+
+@dataclass(frozen=True)
+class Sublayers:
+    """The routed sublayers of a model.
+
+    Attributes:
+        layers: decoder layer index of each, in the order of the routers.
+        granularity: attention, MLP, or the whole block of the layer.
+        compensation: what a skipped sublayer adds to the residual stream; None adds
+            nothing (the paper's identity).
+    """
+
+    layers: list[int]
+    granularity: Granularity = "attention"
+    compensation: Compensation | None = None
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def cached(self) -> list[int]:
+        """Decoder layers whose keys and values only executing sequences have."""
+        return [] if self.granularity == "mlp" else list(self.layers)
+
+
+def as_sublayers(value: Sublayers | Sequence[int]) -> Sublayers:
+    """A bare list of layers means their attention."""
+    return value if isinstance(value, Sublayers) else Sublayers(list(value))
