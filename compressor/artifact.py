@@ -9,20 +9,29 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
 import torch
 import transformers
+from pydantic import TypeAdapter
+from torch import nn
 
 import mskip
+from mskip.compressor.compensation import Compensation
 from mskip.compressor.errors import ArtifactError
 from mskip.compressor.files import read_json, sha256, whole_file, write_json, write_text
 from mskip.compressor.models import BaseModel
 from mskip.compressor.recipe import Recipe, dump_recipe, load_recipe
 from mskip.compressor.router import Routers
-from mskip.compressor.sublayers import Sublayers
+from mskip.compressor.sublayers import Granularity, Sublayers
+
+Method = Literal["routed", "static"]
+"""How routers were made: tuned, or set to constants that skip the same sublayers always."""
+
+_METHOD: TypeAdapter[Method] = TypeAdapter(Method)
+_GRANULARITY: TypeAdapter[Granularity] = TypeAdapter(Granularity)
 
 RUNS = Path("runs")
 _LAST = ".last"
@@ -142,47 +151,89 @@ def versions() -> dict[str, str]:
     }
 
 
-def save_routers(run: Run, routers: Routers, base: BaseModel, recipe: Recipe) -> None:
-    """Write ``router.safetensors`` and ``router_config.json``, which names the base model."""
-    weights = run.path / "router.safetensors"
-    with whole_file(weights) as temporary:
-        safetensors.torch.save_file(
-            {name: value.detach().contiguous() for name, value in routers.state_dict().items()},
-            temporary,
-        )
+def save_routers(
+    run: Run, routers: Routers, base: BaseModel, recipe: Recipe, method: Method = "routed"
+) -> None:
+    """Write the routers, their compensation and ``router_config.json``, which names the base model.
+
+    Args:
+        run: its folder.
+        routers: tuned; with them what they route.
+        base: the model that they belong to.
+        recipe: the run's recipe.
+        method: how they were made.
+    """
+    files = {"router": _save(run.path / "router.safetensors", routers)}
+    compensation = routers.sublayers.compensation
+    other = run.path / "compensation.safetensors"
+    if compensation is not None:
+        files["compensation"] = _save(other, compensation)
     write_json(
         run.path / "router_config.json",
         {
-            "format": 1,
-            "method": "routed",
+            "format": 2,
+            "method": method,
             "granularity": routers.sublayers.granularity,
             "layers": routers.layers,
             "hidden_size": routers.hidden_size,
+            "compensation_rank": 0 if compensation is None else compensation.rank,
             "base_model": {
                 "name": recipe.model.name,
                 "revision": recipe.model.revision,
                 "sha256": base.sha256,
             },
-            "router_sha256": sha256(weights),
+            "sha256": files,
         },
     )
+    if compensation is None:
+        other.unlink(missing_ok=True)
+
+
+def _save(path: Path, module: nn.Module) -> str:
+    """Write a module's tensors and return the file's hash."""
+    with whole_file(path) as temporary:
+        safetensors.torch.save_file(
+            {name: value.detach().contiguous() for name, value in module.state_dict().items()},
+            temporary,
+        )
+    return sha256(path)
+
+
+def _load(path: Path, module: nn.Module, expected: str) -> None:
+    try:
+        module.load_state_dict(safetensors.torch.load_file(path))
+    except FileNotFoundError:
+        raise ArtifactError(f"no weights at {path}.", _TUNE_FIRST) from None
+    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}", "Tune again.") from error
+    if sha256(path) != expected:
+        raise ArtifactError(
+            f"{path} is not the file that router_config.json describes.", "Tune again."
+        )
 
 
 def load_routers(run: Run, base: BaseModel) -> Routers:
-    """Read the routers and check that they belong to the base model.
+    """Read the routers with their compensation, and check that they belong to the base model.
 
     Raises:
         ArtifactError: missing, damaged, or tuned on another base model.
     """
     config_path = run.path / "router_config.json"
-    weights = run.path / "router.safetensors"
     config = read_json(config_path, "router configuration", _TUNE_FIRST)
     try:
+        if config["format"] != 2:
+            raise ArtifactError(
+                f"{config_path} has format {config['format']}; this mskip reads 2.", "Tune again."
+            )
         layers, hidden = list(config["layers"]), int(config["hidden_size"])
-        sublayers = Sublayers(layers, config["granularity"])
+        granularity = _GRANULARITY.validate_python(config["granularity"])
+        rank = int(config["compensation_rank"])
         expected = str(config["base_model"]["sha256"])
         name = str(config["base_model"]["name"])
-        weights_hash = str(config["router_sha256"])
+        hashes = dict(config["sha256"])
+        compensation = Compensation(len(layers), hidden, rank) if rank else None
+        router_hash = str(hashes["router"])
+        compensation_hash = str(hashes["compensation"]) if rank else ""
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{config_path} lacks or mangles the entry {error}.", _TUNE_FIRST
@@ -193,16 +244,29 @@ def load_routers(run: Run, base: BaseModel) -> Routers:
             f"{base.folder} has hash {base.sha256[:12]}.",
             "Give the model they were tuned on, or tune again on this one.",
         )
-    routers = Routers(sublayers, hidden)
-    try:
-        state = safetensors.torch.load_file(weights)
-        routers.load_state_dict(state)
-    except FileNotFoundError:
-        raise ArtifactError(f"no routers at {weights}.", _TUNE_FIRST) from None
-    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
-        raise ArtifactError(f"{weights} is damaged: {error}", "Tune again.") from error
-    if sha256(weights) != weights_hash:
-        raise ArtifactError(
-            f"{weights} is not the file that router_config.json describes.", "Tune again."
-        )
+    routers = Routers(Sublayers(layers, granularity, compensation), hidden)
+    _load(run.path / "router.safetensors", routers, router_hash)
+    if compensation is not None:
+        _load(run.path / "compensation.safetensors", compensation, compensation_hash)
+        compensation.requires_grad_(False)
     return routers.requires_grad_(False)
+
+
+def routers_hash(run: Run) -> str:
+    """One hash for the routers and their compensation: of the file that holds both hashes."""
+    return sha256(run.path / "router_config.json")
+
+
+def tuned_by(run: Run) -> Method:
+    """How the run's routers were made.
+
+    Raises:
+        ArtifactError: the run is not tuned, or its configuration is damaged.
+    """
+    path = run.path / "router_config.json"
+    try:
+        return _METHOD.validate_python(
+            read_json(path, "router configuration", _TUNE_FIRST)["method"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} lacks or mangles the entry {error}.", _TUNE_FIRST) from error

@@ -8,6 +8,8 @@ over prompt positions only, and padding never enters it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +60,13 @@ class Routers(nn.Module):
         self.bias = nn.Parameter(torch.zeros(routed), requires_grad=bias)
         self.register_buffer("center", torch.zeros(routed, hidden_size))
         self.register_buffer("scale", torch.ones(routed, hidden_size))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Routers:
+        # What stands in for a skipped sublayer goes where its router goes.
+        super()._apply(fn, recurse)
+        if self.sublayers.compensation is not None:
+            self.sublayers.compensation._apply(fn, recurse)
+        return self
 
     @property
     def layers(self) -> list[int]:

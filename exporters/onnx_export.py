@@ -18,7 +18,7 @@ import onnx
 import onnx_ir as ir
 from torch import Tensor
 
-from mskip.compressor.artifact import Run, load_routers
+from mskip.compressor.artifact import Run, load_routers, routers_hash
 from mskip.compressor.baselines import kept_count
 from mskip.compressor.errors import ModelError
 from mskip.compressor.families import family_of
@@ -146,7 +146,7 @@ def export_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict[s
         "ir_version": onnx.load(run.onnx / MODEL, load_external_data=False).ir_version,
         "bytes": sum(path.stat().st_size for path in run.onnx.iterdir()),
         "sha256": sha256(run.onnx / MODEL),
-        "router_sha256": sha256(run.path / "router.safetensors"),
+        "router_sha256": routers_hash(run),
         "seconds": round(time.monotonic() - started, 1),
         "weights_bytes": weights,
         "peak_rss_bytes": peak,

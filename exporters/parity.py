@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mskip.compressor.artifact import Run, load_routers
+from mskip.compressor.artifact import Run, load_routers, routers_hash
 from mskip.compressor.encoding import Sample
 from mskip.compressor.errors import ArtifactError
-from mskip.compressor.files import sha256
 from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.recipe import ValidationLimits
@@ -276,7 +275,7 @@ def validate_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict
     spec = recipe.validation
     routers = load_routers(run, base)
     exported = run.report("export", "Make it with: mskip export")
-    if exported.get("router_sha256") != sha256(run.path / "router.safetensors"):
+    if exported.get("router_sha256") != routers_hash(run):
         raise ArtifactError(
             f"{run.onnx} is an export of other routers than {run.path} now holds.",
             "Export again: mskip export",

@@ -13,12 +13,21 @@ import safetensors.torch
 import torch
 
 from mskip.compressor import artifact
-from mskip.compressor.artifact import Run, load_routers, open_run, save_routers
+from mskip.compressor.artifact import (
+    Run,
+    load_routers,
+    open_run,
+    routers_hash,
+    save_routers,
+    tuned_by,
+)
+from mskip.compressor.compensation import Compensation
 from mskip.compressor.errors import ArtifactError, RecipeError
 from mskip.compressor.models import BaseModel
 from mskip.compressor.recipe import ModelSpec, Recipe
 from mskip.compressor.router import Routers
 from mskip.compressor.skipping import MindSkip
+from mskip.compressor.sublayers import Granularity, Sublayers
 
 
 @pytest.fixture
@@ -107,7 +116,7 @@ def test_tampered_weights(run: Run, base: BaseModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "entry", ["layers", "hidden_size", "base_model", "base_model.sha256", "router_sha256"]
+    "entry", ["layers", "hidden_size", "base_model", "base_model.sha256", "sha256.router"]
 )
 def test_missing_entries(run: Run, base: BaseModel, entry: str) -> None:
     path = run.path / "router_config.json"
@@ -120,7 +129,9 @@ def test_missing_entries(run: Run, base: BaseModel, entry: str) -> None:
         load_routers(run, base)
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "null", '{"layers": 1}', '{"layers": null}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "3", "null", '{"format": 2, "layers": 1}', '{"format": 2, "layers": null}']
+)
 def test_mangled_configuration(run: Run, base: BaseModel, text: str) -> None:
     (run.path / "router_config.json").write_text(text)
     with pytest.raises(ArtifactError, match="lacks or mangles"):
@@ -130,7 +141,7 @@ def test_mangled_configuration(run: Run, base: BaseModel, text: str) -> None:
 @pytest.mark.parametrize("name", ["router.safetensors", "router_config.json"])
 def test_missing_files(run: Run, base: BaseModel, name: str) -> None:
     (run.path / name).unlink()
-    with pytest.raises(ArtifactError, match=r"^no router") as caught:
+    with pytest.raises(ArtifactError, match=r"^no (router|weights)") as caught:
         load_routers(run, base)
     assert "mskip tune" in caught.value.remedy
 
@@ -226,3 +237,32 @@ def test_calibration_and_reports_come_back(run: Run) -> None:
     with pytest.raises(ArtifactError, match="no bench report") as caught:
         run.report("bench", "Make it with: mskip bench")
     assert caught.value.remedy == "Make it with: mskip bench"
+
+
+@pytest.mark.parametrize("rank", [4, 32])
+@pytest.mark.parametrize("granularity", ["attention", "mlp", "block"])
+def test_granularity_and_compensation_come_back(
+    run: Run, base: BaseModel, recipe: Recipe, granularity: Granularity, rank: int
+) -> None:
+    compensation = Compensation(2, 32, rank)
+    for parameter in compensation.parameters():
+        torch.nn.init.normal_(parameter)
+    routers = Routers(Sublayers([2, 3], granularity, compensation), 32)
+    save_routers(run, routers, base, recipe, "static")
+    loaded = load_routers(run, base)
+    assert loaded.sublayers.granularity == granularity
+    assert tuned_by(run) == "static"
+    again = loaded.sublayers.compensation
+    assert again is not None
+    assert again.rank == rank
+    hidden = torch.randn(3, 32)
+    assert again(1, hidden).equal(compensation(1, hidden))
+    hash_before = routers_hash(run)
+    torch.nn.init.normal_(compensation.bias)
+    save_routers(run, routers, base, recipe, "static")
+    assert routers_hash(run) != hash_before
+    (run.path / "compensation.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ArtifactError, match="is damaged"):
+        load_routers(run, base)
+    save_routers(run, Routers([2, 3], 32), base, recipe)
+    assert not (run.path / "compensation.safetensors").exists()
