@@ -82,6 +82,23 @@ class RoutingSpec(_Spec):
         return layers
 
 
+class StaticSpec(_Spec):
+    """Removal for good: the yardstick of routing, and the artefact of ``method: static``."""
+
+    rule: Literal["cosine", "kl", "greedy"] = _key("greedy", "What decides which sublayers go.")
+
+
+class CompensationSpec(_Spec):
+    """What a skipped sublayer adds in place of its output: a low-rank map of its input.
+
+    Rank 0 is the paper's skip, which adds nothing, and leaves the routers alone to be tuned.
+    """
+
+    rank: Index | Literal["full"] = _key(0, "Rank of the maps; 0 adds nothing; >= 0 or full.")
+    ridge: NonNeg = _key(0.01, "Ridge penalty, in mean variances of the input; >= 0.")
+    refine: bool = _key(False, "Train the maps together with the routers.")
+
+
 class RouterSpec(_Spec):
     """The router: one linear map hidden -> 1 on the mean prompt position, then a sigmoid."""
 
@@ -201,8 +218,11 @@ class Recipe(_Spec):
 
     name: RunName = Field(description="Name of the run folder: a letter or digit, then also . _ -")
     model: ModelSpec = Field(description="The base model.")
+    method: Literal["routed", "static"] = _key("routed", "Decide per prompt, or remove for good.")
     routing: RoutingSpec = _key(RoutingSpec(), "What is routed.")
     router: RouterSpec = _key(RouterSpec(), "What a router is.")
+    static: StaticSpec = _key(StaticSpec(), "What is removed for good.")
+    compensation: CompensationSpec = _key(CompensationSpec(), "What stands in for a skip.")
     tuning: TuningSpec = _key(TuningSpec(), "How the routers learn.")
     data: DataSpec = _key(DataSpec(), "What they learn from.")
     calibration: CalibrationSpec = _key(CalibrationSpec(), "How tau is found.")

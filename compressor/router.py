@@ -63,9 +63,11 @@ class Routers(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Routers:
         # What stands in for a skipped sublayer goes where its router goes.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.sublayers.compensation is not None:
-            self.sublayers.compensation._apply(fn, recurse)
+            self.sublayers.compensation._apply(  # type: ignore[no-untyped-call]
+                fn, recurse
+            )
         return self
 
     @property
