@@ -62,20 +62,17 @@ class Compensation(nn.Module):
         return output.to(dtype) + self.bias[index].to(dtype)
 
     @torch.no_grad()
-    def set_map(self, index: int, weight: Tensor, bias: Tensor) -> None:
-        """Set the map of one sublayer to the best one of this rank.
+    def set_map(self, index: int, down: Tensor, up: Tensor | None, bias: Tensor) -> None:
+        """Set the map of one sublayer.
 
         Args:
             index: position of the routed sublayer.
-            weight: [hidden, hidden] (full rank) or its two factors are taken from it by
-                truncated singular value decomposition.
+            down: [hidden, rank].
+            up: [rank, hidden]; None at full rank.
             bias: [hidden].
         """
+        self.down[index] = down.to(self.down)
+        if self.up is not None:
+            assert up is not None
+            self.up[index] = up.to(self.up)
         self.bias[index] = bias.to(self.bias)
-        if self.up is None:
-            self.down[index] = weight.to(self.down)
-            return
-        u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
-        root = s[: self.rank].sqrt()
-        self.down[index] = (u[:, : self.rank] * root).to(self.down)
-        self.up[index] = (root[:, None] * vh[: self.rank]).to(self.up)

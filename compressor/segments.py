@@ -49,6 +49,9 @@ class SplitModel:
         model: the model.
         first: the first decoder layer of the upper part.
 
+    Attributes:
+        upper: number and module of every decoder layer of the upper part, in order.
+
     Raises:
         ModelError: unsupported architecture.
     """
@@ -59,7 +62,7 @@ class SplitModel:
         layers = self.family.decoder_layers(model)
         self._first_layer = layers[first]
         self._lowest_layer = layers[0]
-        self._upper = layers[first:]
+        self.upper = list(enumerate(layers))[first:]
         self._norm = model.get_submodule(self.family.final_norm)
         self._head = model.get_submodule(self.family.head)
 
@@ -110,7 +113,7 @@ class SplitModel:
         """
         hidden = stem.hidden
         arguments = stem.arguments if routing is None else {**stem.arguments, "routing": routing}
-        for layer in self._upper:
+        for _, layer in self.upper:
             hidden = layer(hidden, **arguments)
         normed: Tensor = self._norm(hidden)
         return normed
