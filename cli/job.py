@@ -79,7 +79,8 @@ class _Lender:
 def _steps(
     run: Run, recipe: Recipe, lender: _Lender, *, quick: bool, resume: bool
 ) -> dict[str, Callable[[Progress], Any]]:
-    from mskip.compressor.workflow import calibrate_run, evaluate_run, tune_run
+    from mskip.compressor.tune_step import tune_run
+    from mskip.compressor.workflow import calibrate_run, evaluate_run
     from mskip.exporters.onnx_export import export_run
     from mskip.exporters.parity import validate_run
     from mskip.exporters.speed import bench_run

@@ -73,7 +73,7 @@ def tune(
         report = run.report("tune", "Make it with: mskip tune")
         console.note(f"{console.shown(run.path)} is tuned already: nothing to resume.")
     else:
-        from mskip.compressor.workflow import tune_run
+        from mskip.compressor.tune_step import tune_run
 
         with working(resolved.model) as (base, progress):
             report = tune_run(run, resolved, base, resume=resume, progress=progress)

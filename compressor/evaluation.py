@@ -18,6 +18,7 @@ from mskip.compressor.models import BaseModel
 from mskip.compressor.objective import kl_to_dense, next_token_loss
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.routing import Pass
+from mskip.compressor.rowwise import over_rows
 from mskip.compressor.samples import batches_of
 from mskip.compressor.segments import SplitModel, Stem
 
@@ -35,6 +36,28 @@ class Quality:
     kl: float
     perplexity: float
     tokens: int
+
+
+@dataclass(frozen=True)
+class PerSample:
+    """Sums over the answer tokens of every sample.
+
+    Attributes:
+        kl: KL(dense || model), nats, [samples] float64.
+        loss: cross entropy of the answers' own tokens, nats, [samples] float64.
+        tokens: how many tokens were scored, [samples] int64.
+    """
+
+    kl: Tensor
+    loss: Tensor
+    tokens: Tensor
+
+    def quality(self) -> Quality:
+        """Means over all tokens."""
+        tokens = int(self.tokens.sum())
+        return Quality(
+            float(self.kl.sum()) / tokens, math.exp(float(self.loss.sum()) / tokens), tokens
+        )
 
 
 @dataclass(frozen=True)
@@ -88,21 +111,32 @@ class Reference:
         """Batches with the residual stream at the first routed layer."""
         return [(part.batch, part.stem) for part in self._parts]
 
-    @torch.no_grad()
     def quality(self, make_pass: Callable[[Batch], Pass | None]) -> Quality:
         """Measure the model as routed by ``make_pass(batch)``; None is the dense model."""
-        divergence = loss = 0.0
-        tokens = 0
+        return self.per_sample(make_pass).quality()
+
+    @torch.no_grad()
+    def per_sample(self, make_pass: Callable[[Batch], Pass | None]) -> PerSample:
+        """The same sample by sample, in the order of this reference's batches."""
+        sums, tokens = [], []
         for part in self._parts:
             routing = make_pass(part.batch)
-            teacher = self.split.logits(part.dense)
-            if routing is None:
-                student = teacher
-            else:
+            hidden = part.dense
+            if routing is not None:
                 hidden = self.split.finish(part.stem, routing)[part.batch["answer_mask"]]
-                student = self.split.logits(hidden)
-            count = len(part.targets)
-            divergence += float(kl_to_dense(student, teacher)) * count
-            loss += float(next_token_loss(student, part.targets)) * count
-            tokens += count
-        return Quality(divergence / tokens, math.exp(loss / tokens), tokens)
+            mask = part.batch["answer_mask"]
+            sample = mask.nonzero()[:, 0]
+            total = torch.zeros(len(mask), 2, dtype=torch.float64, device=mask.device)
+            sums.append(total.index_add_(0, sample, self._values(hidden, part).double()).cpu())
+            tokens.append(mask.sum(1).cpu())
+        kl, loss = torch.cat(sums).unbind(1)
+        return PerSample(kl, loss, torch.cat(tokens))
+
+    def _values(self, hidden: Tensor, part: _Part) -> Tensor:
+        """KL and cross entropy of every answer token, [tokens, 2]; one head for both."""
+
+        def both(logits: Tensor, rows: slice) -> Tensor:
+            kl = kl_to_dense(logits, self.split.logits(part.dense[rows]))
+            return torch.stack([kl, next_token_loss(logits, part.targets[rows])], dim=1)
+
+        return over_rows(hidden, self.split.logits, both)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from mskip.compressor.encoding import Sample
 from mskip.compressor.evaluation import answer_targets
 from mskip.compressor.models import BaseModel
-from mskip.compressor.objective import kl_to_dense, next_token_loss, straight_through_gate
+from mskip.compressor.objective import straight_through_gate
 from mskip.compressor.recipe import TuningSpec
 from mskip.compressor.router import Routers
 from mskip.compressor.routing import Call
+from mskip.compressor.rowwise import hidden_kl, hidden_next_token_loss
 from mskip.compressor.sampling import gate_noise
 from mskip.compressor.segments import SplitModel
 from mskip.compressor.stems import StemStore
@@ -117,14 +118,11 @@ class RouterObjective(nn.Module):
             noise = gate_noise(noise_seed, index, shape[1]).to(input_ids.device) * noise_scale
         routing = RelaxedPass(self.routers, prompt_mask, self.spec.temperature, noise)
         hidden = split.finish(stem, routing)[answer_mask]
-        student = split.logits(hidden)
         if self.spec.loss == "kl":
-            with torch.no_grad():
-                teacher = split.logits(dense)
-            mean = kl_to_dense(student, teacher, self.spec.kl_temperature)
+            loss = hidden_kl(hidden, dense, split.logits, self.spec.kl_temperature)
         else:
-            mean = next_token_loss(student, answer_targets(batch))
+            loss = hidden_next_token_loss(hidden, answer_targets(batch), split.logits)
         return {
-            "task": mean * (len(hidden) / num_items_in_batch),
+            "task": loss.sum() / num_items_in_batch,
             "logits": torch.stack(routing.logits, dim=1),
         }

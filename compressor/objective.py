@@ -41,26 +41,32 @@ def straight_through_gate(logit: Tensor, temperature: float, noise: Tensor | Non
 
 
 def kl_to_dense(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean KL(teacher || student) over positions, in nats.
+    """KL(teacher || student) of every position, in nats.
+
+    Written with two normalisers a row, so that no table of log probabilities is made.
 
     Args:
         student: logits, [positions, vocabulary].
-        teacher: logits of the dense model, same shape.
+        teacher: logits of the dense model, same shape; no gradient.
         temperature: both logits are divided by it; the result is multiplied by
             its square (Hinton et al., arXiv 1503.02531).
 
     Returns:
-        Scalar, float32.
+        [positions], float32 (float64 for float64 logits).
     """
-    log_student = F.log_softmax(student.float() / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
-    divergence = F.kl_div(log_student, log_teacher, log_target=True, reduction="none")
-    return divergence.sum(-1).mean() * temperature**2
+    student, teacher = (_precise(logits) / temperature for logits in (student, teacher))
+    expected = torch.linalg.vecdot(torch.softmax(teacher, dim=-1), teacher - student)
+    normalisers = torch.logsumexp(teacher, dim=-1) - torch.logsumexp(student, dim=-1)
+    return (expected - normalisers) * temperature**2
 
 
 def next_token_loss(student: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross entropy in nats; logits [positions, vocabulary], targets [positions] int64."""
-    return F.cross_entropy(student.float(), targets)
+    """Cross entropy of every position in nats, as `kl_to_dense`; targets [positions] int64."""
+    return F.cross_entropy(_precise(student), targets, reduction="none")
+
+
+def _precise(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @dataclass

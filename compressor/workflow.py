@@ -1,4 +1,4 @@
-"""The steps of a run on the PyTorch side: tune, calibrate, evaluate.
+"""The steps of a tuned run on the PyTorch side: calibrate, evaluate.
 
 Each reads what earlier steps left in the run folder and writes its own part,
 whole, so a step can be repeated or resumed alone.
@@ -6,22 +6,16 @@ whole, so a step can be repeated or resumed alone.
 
 from __future__ import annotations
 
-import copy
-import shutil
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mskip.compressor.artifact import Run, load_routers, save_routers
+from mskip.compressor.artifact import Run, load_routers, tuned_by
 from mskip.compressor.baselines import (
-    Sensitivity,
     forced_to,
     kept_count,
-    measure_sensitivity,
-    router_inputs,
+    kept_of,
     static_gates,
 )
 from mskip.compressor.calibration import (
@@ -31,137 +25,22 @@ from mskip.compressor.calibration import (
     find_tau,
     find_tau_per_layer,
 )
-from mskip.compressor.encoding import Batch, Sample
+from mskip.compressor.encoding import Sample
 from mskip.compressor.errors import ArtifactError, RecipeError
 from mskip.compressor.evaluation import Quality, Reference
 from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.recipe import Recipe
 from mskip.compressor.router import Routers
-from mskip.compressor.routing import HardPass, fresh_decisions
+from mskip.compressor.routing import EXECUTE
 from mskip.compressor.samples import Samples, run_samples
 from mskip.compressor.skipping import patched
-from mskip.compressor.starting import first_price, initialise
 from mskip.compressor.sublayers import Sublayers
-from mskip.compressor.tuning import tune
+from mskip.compressor.tune_step import AFTER_CALIBRATION
+from mskip.compressor.worth import routed_pass
 
 # Steps below this distance of two scores are lost in the engine's arithmetic.
 RESOLUTION = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}
-
-# Reports that describe the run at one tau.
-_AFTER_CALIBRATION = ("eval", "export", "validate", "bench")
-
-
-def routed_sublayers(recipe: Recipe, base: BaseModel) -> Sublayers:
-    """What a recipe routes in this model."""
-    count = base.model.config.get_text_config().num_hidden_layers
-    return Sublayers(recipe.routing.routed_layers(count), recipe.routing.granularity)
-
-
-def tune_run(
-    run: Run, recipe: Recipe, base: BaseModel, *, resume: bool = False, progress: Progress = silent
-) -> dict[str, Any]:
-    """Tune the routers of a run and save them.
-
-    Args:
-        run: its folder is created; an earlier calibration in it is removed.
-        recipe: the resolved recipe.
-        base: the base model.
-        resume: go on from a checkpoint; an unchanged recipe is then required.
-        progress: shows every stage.
-
-    Returns:
-        The report, as saved in ``reports/tune.json``.
-
-    Raises:
-        RecipeError: ``resume`` with another recipe than the interrupted one.
-        Interrupted: Ctrl-C, after a checkpoint.
-    """
-    started = time.monotonic()
-    sublayers = routed_sublayers(recipe, base)
-    layers = sublayers.layers
-    if resume and (run.path / "recipe.yaml").is_file() and run.recipe() != recipe:
-        raise RecipeError(
-            f"the recipe differs from the one that {run.path} was started with.",
-            "Resume without --set, --data or --recipe, or choose another --output.",
-        )
-    if not resume:
-        shutil.rmtree(run.checkpoints, ignore_errors=True)
-    run.write_recipe(recipe)
-    run.remember()
-    samples = run_samples(run, recipe, base, progress)
-    with patched(base.model, sublayers):
-        measured = samples.tune[: recipe.router.sensitivity_prompts]
-        reference = Reference(base, layers[0], measured, progress=progress)
-        sensitivity = measure_sensitivity(reference, sublayers, progress)
-        inputs = router_inputs(reference)
-
-    def tuned(target: float, folder: Path, stage: str) -> tuple[Routers, list[dict[str, float]]]:
-        torch.manual_seed(recipe.tuning.seed)
-        routers = Routers(sublayers, inputs.shape[2], bias=recipe.router.bias).to(base.model.device)
-        initialise(routers, recipe.router, inputs, sensitivity, target)
-        outcome = tune(
-            base,
-            routers,
-            samples.tune,
-            recipe.tuning,
-            target,
-            folder,
-            start_price=first_price(sensitivity.kl, target),
-            resume=resume,
-            progress=lambda _, done, total, note="": progress(stage, done, total, note),
-        )
-        return outcome.routers, outcome.trace_json()
-
-    target = recipe.routing.capacity
-    routers, trace = tuned(target, run.checkpoints / "main", f"tune to capacity {target:g}")
-    targets = [_reached(base, routers, samples.held_out, target, trace)]
-    for other in recipe.tuning.check_targets:
-        folder = run.checkpoints / f"target-{other:g}"
-        checked, other_trace = tuned(other, folder, f"tune to capacity {other:g}")
-        targets.append(_reached(base, checked, samples.held_out, other, other_trace))
-    report = {
-        "target": target,
-        "loss": recipe.tuning.loss,
-        "samples": len(samples.tune),
-        "seconds": round(time.monotonic() - started, 1),
-        "trace": trace,
-        "sensitivity": {
-            "layers": layers,
-            "kl": sensitivity.kl,
-            "cosine": sensitivity.cosine,
-        },
-        "targets": targets,
-    }
-    save_routers(run, routers, base, recipe)
-    # Thresholds belong to the routers they were found for, and so does all that follows.
-    (run.path / "calibration.json").unlink(missing_ok=True)
-    run.forget_reports(*_AFTER_CALIBRATION)
-    run.write_report("tune", report)
-    run.write_manifest(
-        base_model={"name": recipe.model.name, "sha256": base.sha256},
-        seeds={"tuning": recipe.tuning.seed, "data": recipe.data.seed},
-    )
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
-    return report
-
-
-def _reached(
-    base: BaseModel,
-    routers: Routers,
-    samples: list[Sample],
-    target: float,
-    trace: list[dict[str, float]],
-) -> dict[str, Any]:
-    with patched(base.model, routers.sublayers):
-        scorer = PromptScorer(base, routers, samples)
-        decisions, _ = scorer(torch.full((len(routers.layers),), 0.5), list(range(len(scorer))))
-    return {
-        "target": target,
-        "capacity": float(decisions.float().mean()),
-        "steps": len(trace),
-        "trace": [step["capacity"] for step in trace],
-    }
 
 
 def calibrate_run(
@@ -226,7 +105,7 @@ def calibrate_run(
         "evaluations": evaluations,
     }
     run.write_calibration(calibration)
-    run.forget_reports(*_AFTER_CALIBRATION)
+    run.forget_reports(*AFTER_CALIBRATION)
     return calibration
 
 
@@ -281,7 +160,10 @@ def _listed(layers: list[int]) -> str:
 def evaluate_run(
     run: Run, base: BaseModel, *, source: str | None = None, progress: Progress = silent
 ) -> dict[str, Any]:
-    """Quality on held-out text: dense, static removal by two rules, routed at the calibrated tau.
+    """Quality on held-out text: dense, static removal by every rule, routed at the calibrated tau.
+
+    A run with compensation is measured with it, and so is static removal; the ratio is to the
+    best static removal without.
 
     Args:
         run: a calibrated run.
@@ -298,17 +180,11 @@ def evaluate_run(
     recipe = run.recipe()
     routers = load_routers(run, base).to(base.model.device)
     tau = torch.tensor(run.calibration()["tau"])
-    sensitivity = _saved_sensitivity(run)
+    orders = _saved_orders(run, routers.layers)
     samples = _evaluation_samples(run, recipe, base, source, progress)
-    layers, routed = routers.layers, len(routers.layers)
-    decided: list[Tensor] = []
-
-    def route(batch: Batch) -> HardPass:
-        decisions, scores = fresh_decisions(len(batch["input_ids"]), routed)
-        device = batch["input_ids"].device
-        decided.append(decisions := decisions.to(device))
-        return HardPass(routers, tau.to(device), batch["prompt_mask"], decisions, scores.to(device))
-
+    sublayers, routed = routers.sublayers, len(routers.layers)
+    first, count = sublayers.layers[0], kept_count(run.calibration()["target"], routed)
+    bare = Sublayers(sublayers.layers, sublayers.granularity)
     rows: list[dict[str, Any]] = []
 
     def add(method: str, quality: Quality, capacity: float, removed: list[int]) -> None:
@@ -321,43 +197,61 @@ def evaluate_run(
                 "layers_removed": removed,
             }
         )
-        progress("evaluate", len(rows), 4, method)
+        progress("evaluate", len(rows), expected, method)
 
-    with patched(base.model, routers.sublayers):
-        reference = Reference(base, layers[0], samples, progress=progress)
+    def add_static(suffix: str) -> None:
+        for rule, order in orders.items():
+            kept = kept_of(order, count)
+            gates = static_gates(kept, routed).to(base.model.device)
+            removed = [sublayers.layers[index] for index in range(routed) if index not in kept]
+            quality = reference.quality(forced_to(gates))
+            add(f"static ({rule}){suffix}", quality, count / routed, removed)
+
+    def add_routed(method: str) -> Quality:
+        decided: list[Tensor] = []
+        quality = reference.quality(routed_pass(routers, tau, decided))
+        executed = torch.cat(decided) == EXECUTE
+        add(method, quality, float(executed.float().mean()), [])
+        return quality
+
+    own = "routed" if tuned_by(run) == "routed" else "this run (static)"
+    compensation = sublayers.compensation
+    expected = 2 + len(orders)
+    with patched(base.model, bare):
+        reference = Reference(base, first, samples, progress=progress)
         dense = reference.quality(lambda _: None)
         add("dense", dense, 1.0, [])
-        routed_quality = reference.quality(route)
-        capacity = float(torch.cat(decided).float().mean())
-        count = kept_count(run.calibration()["target"], routed)
-        for rule, kept in (
-            ("sensitivity", sensitivity.kept_by_kl(count)),
-            ("cosine", sensitivity.kept_by_cosine(count)),
-        ):
-            gates = static_gates(kept, routed).to(base.model.device)
-            quality = reference.quality(forced_to(gates))
-            removed = [layer for index, layer in enumerate(layers) if index not in kept]
-            add(f"static ({rule})", quality, count / routed, removed)
-        add("routed", routed_quality, capacity, [])
-    best_static = min(row["kl"] for row in rows if row["method"].startswith("static"))
+        add_static("")
+        best = min((row["kl"] for row in rows[1:]))
+        if compensation is None:
+            last = add_routed(own)
+    if compensation is not None:
+        expected += len(orders)
+        with patched(base.model, sublayers):
+            add_static(f" + rank {compensation.rank}")
+            last = add_routed(f"{own} + rank {compensation.rank}")
     report = {
         "data": source or recipe.data.source,
         "prompts": len(samples),
         "tokens": dense.tokens,
         "rows": rows,
-        "routed_over_static": routed_quality.kl / best_static if best_static else None,
+        "routed_over_static": last.kl / best if best else None,
     }
     run.write_report("eval", report)
     return report
 
 
-def _saved_sensitivity(run: Run) -> Sensitivity:
+def _saved_orders(run: Run, layers: list[int]) -> dict[str, list[int]]:
+    """Order of removal by each rule, positions 0..routed-1."""
     saved = run.report("tune", "Make it with: mskip tune")
     try:
-        return Sensitivity(**copy.deepcopy(saved["sensitivity"]))
-    except (KeyError, TypeError) as error:
+        return {
+            rule: [layers.index(layer) for layer in order]
+            for rule, order in saved["removal_orders"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
-            f"{run.reports / 'tune.json'} lacks the sensitivity of the layers.", "Tune again."
+            f"{run.reports / 'tune.json'} lacks the orders of removal.", "Tune again."
         ) from error
 
 

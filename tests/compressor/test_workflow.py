@@ -29,7 +29,8 @@ from mskip.compressor.router import Routers
 from mskip.compressor.samples import run_samples
 from mskip.compressor.skipping import MindSkip
 from mskip.compressor.tuning import Interrupted
-from mskip.compressor.workflow import calibrate_run, evaluate_run, routed_sublayers, tune_run
+from mskip.compressor.tune_step import routed_sublayers, tune_run
+from mskip.compressor.workflow import calibrate_run, evaluate_run
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,113 @@
+"""Losses at many positions from final hidden states, a few rows of logits at a time.
+
+The logits of all positions, [positions, vocabulary], never exist: the head, the
+loss and the gradient are computed for `ROWS` positions and dropped. What stays
+for the backward pass is one gradient of the hidden states' own size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from mskip.compressor.objective import kl_to_dense, next_token_loss
+
+ROWS = 128  # Fewer start more kernels, more leave the caches; the gain is flat around it.
+
+Head = Callable[[Tensor], Tensor]
+"""[rows, hidden] -> [rows, vocabulary], row by row; `SplitModel.logits`."""
+
+Measure = Callable[[Tensor, slice], Tensor]
+"""Values of the positions in the slice from their logits: [rows] or [rows, k]."""
+
+
+def over_rows(hidden: Tensor, head: Head, measure: Measure, rows: int = ROWS) -> Tensor:
+    """Apply ``measure`` to the logits of every position.
+
+    Args:
+        hidden: final hidden states, [positions, hidden].
+        head: frozen; gradients reach ``hidden`` and nothing else.
+        measure: of one position's logits each; differentiated where it gives [rows].
+        rows: positions whose logits exist at one time.
+
+    Returns:
+        [positions], or [positions, k] without a gradient.
+    """
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        result: Tensor = _OverRows.apply(hidden, head, measure, rows)
+        return result
+    with torch.no_grad():
+        return torch.cat([measure(head(hidden[part]), part) for part in _parts(hidden, rows)])
+
+
+def hidden_kl(
+    student: Tensor, dense: Tensor, head: Head, temperature: float = 1.0, rows: int = ROWS
+) -> Tensor:
+    """KL(dense || student) of every position from final hidden states, in nats.
+
+    Args:
+        student: [positions, hidden]; the gradient goes here.
+        dense: of the dense model, same shape.
+        head: see `over_rows`.
+        temperature: see `kl_to_dense`.
+        rows: see `over_rows`.
+
+    Returns:
+        [positions], float32 (float64 for float64 logits).
+    """
+
+    def measure(logits: Tensor, part: slice) -> Tensor:
+        with torch.no_grad():
+            teacher = head(dense[part])
+        return kl_to_dense(logits, teacher, temperature)
+
+    return over_rows(student, head, measure, rows)
+
+
+def hidden_next_token_loss(hidden: Tensor, targets: Tensor, head: Head, rows: int = ROWS) -> Tensor:
+    """Cross entropy of every position from final hidden states, in nats.
+
+    Args:
+        hidden: [positions, hidden]; the gradient goes here.
+        targets: [positions] int64.
+        head: see `over_rows`.
+        rows: see `over_rows`.
+
+    Returns:
+        [positions], float32 (float64 for float64 logits).
+    """
+    return over_rows(hidden, head, lambda at, part: next_token_loss(at, targets[part]), rows)
+
+
+def _parts(hidden: Tensor, rows: int) -> Iterator[slice]:
+    # One part at least: no positions give an empty result of the right dtype.
+    return (slice(start, start + rows) for start in range(0, max(len(hidden), 1), rows))
+
+
+class _OverRows(torch.autograd.Function):
+    """The gradient is taken with the value, so that no logits wait for the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden: Tensor, head: Head, measure: Measure, rows: int
+    ) -> Tensor:
+        values = []
+        gradient = torch.empty_like(hidden)
+        for part in _parts(hidden, rows):
+            with torch.enable_grad():
+                some = hidden[part].detach().requires_grad_()
+                value = measure(head(some), part)
+                (gradient[part],) = torch.autograd.grad(value.sum(), some)
+            values.append(value.detach())
+        ctx.save_for_backward(gradient)
+        return torch.cat(values)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, output: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * output[:, None].to(gradient.dtype), None, None, None
