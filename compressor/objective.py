@@ -55,7 +55,7 @@ def kl_to_dense(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> T
         [positions], float32 (float64 for float64 logits).
     """
     student, teacher = (_precise(logits) / temperature for logits in (student, teacher))
-    expected = torch.linalg.vecdot(torch.softmax(teacher, dim=-1), teacher - student)
+    expected: Tensor = torch.linalg.vecdot(torch.softmax(teacher, dim=-1), teacher - student)
     normalisers = torch.logsumexp(teacher, dim=-1) - torch.logsumexp(student, dim=-1)
     return (expected - normalisers) * temperature**2
 

@@ -38,7 +38,9 @@ def over_rows(hidden: Tensor, head: Head, measure: Measure, rows: int = ROWS) ->
         [positions], or [positions, k] without a gradient.
     """
     if torch.is_grad_enabled() and hidden.requires_grad:
-        result: Tensor = _OverRows.apply(hidden, head, measure, rows)
+        result: Tensor = _OverRows.apply(  # type: ignore[no-untyped-call]
+            hidden, head, measure, rows
+        )
         return result
     with torch.no_grad():
         return torch.cat([measure(head(hidden[part]), part) for part in _parts(hidden, rows)])
@@ -107,7 +109,7 @@ class _OverRows(torch.autograd.Function):
         return torch.cat(values)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, output: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * output[:, None].to(gradient.dtype), None, None, None

@@ -31,7 +31,6 @@ from mskip.compressor.evaluation import Quality, Reference
 from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.recipe import Recipe
-from mskip.compressor.router import Routers
 from mskip.compressor.routing import EXECUTE
 from mskip.compressor.samples import Samples, run_samples
 from mskip.compressor.skipping import patched
@@ -222,7 +221,7 @@ def evaluate_run(
         dense = reference.quality(lambda _: None)
         add("dense", dense, 1.0, [])
         add_static("")
-        best = min((row["kl"] for row in rows[1:]))
+        best = min(row["kl"] for row in rows[1:])
         if compensation is None:
             last = add_routed(own)
     if compensation is not None:

@@ -27,7 +27,9 @@ from mskip.compressor.skipping import patched
 _TRIALS = 40
 
 
-def routed_pass(routers: Routers, tau: Tensor, decided: list[Tensor]) -> Callable[[Batch], HardPass]:
+def routed_pass(
+    routers: Routers, tau: Tensor, decided: list[Tensor]
+) -> Callable[[Batch], HardPass]:
     """A pass maker for `Reference`: decides from the prompts, and notes decisions in ``decided``.
 
     Args:
@@ -126,9 +128,7 @@ def is_dynamic_worth_it(
     interval = paired_interval(dynamic, static)
     return {
         "rule": best,
-        "removed": [
-            layer for index, layer in enumerate(routers.layers) if index not in kept[best]
-        ],
+        "removed": [layer for index, layer in enumerate(routers.layers) if index not in kept[best]],
         "static_capacity": len(kept[best]) / routed,
         "routed_capacity": float((torch.cat(decided) == EXECUTE).float().mean()),
         "static_kl": static.quality().kl,

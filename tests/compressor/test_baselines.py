@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mskip.compressor.baselines import (
     Sensitivity,
+    kept_of,
     measure_sensitivity,
     router_inputs,
     static_gates,
@@ -131,9 +132,9 @@ def test_measuring_leaves_no_hook(
 def test_what_is_kept() -> None:
     """By KL the dearest to skip, by cosine those that change the residual most."""
     sensitivity = Sensitivity([3, 5, 7, 9], kl=[0.2, 0.9, 0.1, 0.5], cosine=[0.99, 0.8, 0.5, 0.7])
-    kept_kl = [sensitivity.kept_by_kl(count) for count in range(5)]
+    kept_kl = [kept_of(sensitivity.order_by_kl(), count) for count in range(5)]
     assert kept_kl == [[], [1], [1, 3], [0, 1, 3], [0, 1, 2, 3]]
-    kept_cosine = [sensitivity.kept_by_cosine(count) for count in range(5)]
+    kept_cosine = [kept_of(sensitivity.order_by_cosine(), count) for count in range(5)]
     assert kept_cosine == [[], [2], [2, 3], [1, 2, 3], [0, 1, 2, 3]]
 
 

@@ -28,8 +28,8 @@ from mskip.compressor.recipe import (
 from mskip.compressor.router import Routers
 from mskip.compressor.samples import run_samples
 from mskip.compressor.skipping import MindSkip
-from mskip.compressor.tuning import Interrupted
 from mskip.compressor.tune_step import routed_sublayers, tune_run
+from mskip.compressor.tuning import Interrupted
 from mskip.compressor.workflow import calibrate_run, evaluate_run
 
 
@@ -109,8 +109,13 @@ def test_tune_report(tuned: tuple[Path, dict[str, Any]]) -> None:
     """The keys of docs/run-folder.md; every checked target with its own course."""
     report = tuned[1]
     assert set(report) == {
-        "target", "loss", "samples", "seconds", "trace", "sensitivity", "targets",
+        "method", "target", "loss", "samples", "seconds", "trace", "sensitivity", "targets",
+        "removal_orders", "worth",
     }  # fmt: skip
+    assert report["method"] == "routed"
+    assert set(report["removal_orders"]) == {"kl", "cosine", "greedy"}
+    for order in report["removal_orders"].values():
+        assert sorted(order) == [1, 2]
     assert report["target"] == 0.5
     assert report["samples"] == 44 - 12 - 8
     assert [step["step"] for step in report["trace"]] == [1, 2, 3, 4, 5, 6]
@@ -346,9 +351,9 @@ def test_evaluate(run: Run, tiny: BaseModel) -> None:
     assert json.loads((run.reports / "eval.json").read_text()) == report
     assert set(report) == {"data", "prompts", "tokens", "rows", "routed_over_static"}
     assert report["prompts"] == 8
-    methods = ["dense", "static (sensitivity)", "static (cosine)", "routed"]
+    methods = ["dense", "static (kl)", "static (cosine)", "static (greedy)", "routed"]
     assert [row["method"] for row in report["rows"]] == methods
-    dense, by_kl, by_cosine, routed = report["rows"]
+    dense, by_kl, by_cosine, greedy, routed = report["rows"]
     for row in report["rows"]:
         assert set(row) == {"method", "capacity", "kl", "perplexity", "layers_removed"}
     assert dense["kl"] == pytest.approx(0, abs=1e-6)
@@ -361,7 +366,7 @@ def test_evaluate(run: Run, tiny: BaseModel) -> None:
     assert by_kl["capacity"] == by_cosine["capacity"] == 0.5
     assert routed["capacity"] == pytest.approx(calibration["capacity"]["held_out"])
     assert routed["kl"] > 0
-    best = min(by_kl["kl"], by_cosine["kl"])
+    best = min(by_kl["kl"], by_cosine["kl"], greedy["kl"])
     assert report["routed_over_static"] == pytest.approx(routed["kl"] / best)
     assert [note for note in shown if note in methods] == ["dense", *methods[1:]]
 
@@ -373,7 +378,7 @@ def test_static_baseline_executes_no_less(
     """A whole number of layers, rounded in favour of the baseline."""
     calibrate_run(run, tiny, capacity, per_layer=False)
     rows = evaluate_run(run, tiny)["rows"]
-    assert [len(row["layers_removed"]) for row in rows] == [0, removed, removed, 0]
+    assert [len(row["layers_removed"]) for row in rows] == [0, *[removed] * 3, 0]
 
 
 def test_evaluate_on_other_data(run: Run, tiny: BaseModel, tmp_path: Path) -> None:
@@ -389,7 +394,7 @@ def test_evaluate_on_other_data(run: Run, tiny: BaseModel, tmp_path: Path) -> No
 def test_evaluate_without_sensitivity(run: Run, tiny: BaseModel) -> None:
     calibrate_run(run, tiny, 0.5, per_layer=False)
     run.write_report("tune", {})
-    with pytest.raises(ArtifactError, match="lacks the sensitivity"):
+    with pytest.raises(ArtifactError, match="lacks the orders of removal"):
         evaluate_run(run, tiny)
 
 
