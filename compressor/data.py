@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from mskip.compressor.errors import DataError
@@ -55,33 +56,44 @@ def read_conversations(
     split: str = "train",
     max_samples: int | None = None,
     trust_remote_code: bool = False,
+    shuffle_buffer: int = 0,
+    seed: int = 0,
 ) -> list[Conversation]:
-    """Read the conversations of ``source``, in its own order.
+    """Read the conversations of ``source``, no further than ``max_samples`` needs.
+
+    The order is the source's own, or that of a shuffle buffer; a mixture's parts are drawn
+    at random by ``seed``. docs/data.md shows each format's record, prompt and answer.
 
     A conversation begins at its first user turn (after any system message). One in
     ``messages`` that ends with a user turn is unanswered; a ShareGPT log is cut to its
     last assistant turn, as its end is where somebody stopped scraping, and ends before
     its first turn without text.
-    Records with no user turn are left out.
+    Records with no user turn are left out, and so are ShareGPT logs with a Bing turn.
 
     Args:
-        source: "embedded:prompts"; a .jsonl file (one object a line); a .json file
-            (a list of objects); a .txt file (documents separated by blank lines);
-            or the id of a data set on the Hugging Face hub.
+        source: "embedded:prompts"; a short name of `mskip.compressor.catalog`; a .jsonl
+            file (one object a line); a .json file (a list of objects); a .txt file
+            (documents separated by blank lines); or the id of a data set on the Hugging
+            Face hub.
         split: the split of a hub data set; files have none.
         max_samples: stop after this many conversations; None reads all.
         trust_remote_code: let a hub data set run its own code, where the installed
             ``datasets`` still can (it cannot from version 4 on).
+        shuffle_buffer: records held to choose the next one from; 0 for no shuffle, and at
+            least the source's length for a full one.
+        seed: of the shuffle and of a mixture's draws.
 
     Raises:
         DataError: missing, empty, malformed or of an unknown format; names file and line.
-        ValueError: ``max_samples`` below 1.
+        ValueError: ``max_samples`` below 1 or ``shuffle_buffer`` below 0.
     """
     if max_samples is not None and max_samples < 1:
         raise ValueError("max_samples must be at least 1")
     conversations: list[Conversation] = []
     seen = 0
-    for where, record in read_records(source, split, trust_remote_code):
+    for where, record in read_records(
+        source, split, trust_remote_code, shuffle_buffer=shuffle_buffer, seed=seed
+    ):
         seen += 1
         conversation = _conversation(record, where)
         if conversation is not None:
@@ -154,14 +166,19 @@ def _from_messages(record: Mapping[str, Any], where: str) -> Conversation | None
 
 
 def _from_sharegpt(record: Mapping[str, Any], where: str) -> Conversation | None:
+    # The paper's public converter leaves these logs out, too (its other roles are in _ROLES).
+    turns = record["conversations"] if isinstance(record["conversations"], list) else []
+    if any(isinstance(turn, Mapping) and turn.get("from") == "bing" for turn in turns):
+        return None
     messages = []
     for place, role, turn in _turns(record, "conversations", "from", "value", where):
-        # Scraped logs hold turns whose text was lost (in 2 of 1500 records tried); what
-        # follows such a turn answers nothing that can be seen, so the log ends before it.
         text = _optional_text(turn, "value", place)
-        if not text:
+        if text:
+            messages.append(Message(role, text))
+        elif role != "system":
+            # Scraped logs hold turns whose text was lost (in 2 of 1500 records tried); what
+            # follows such a turn answers nothing that can be seen, so the log ends before it.
             break
-        messages.append(Message(role, text))
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     conversation = _from_first_user(messages[: answers[-1] + 1] if answers else messages)
     # A log of leading assistant turns only has nothing left after the cut.
@@ -172,7 +189,20 @@ def _from_alpaca(record: Mapping[str, Any], where: str) -> Conversation | None:
     request = _text(record, "instruction", where)
     if extra := _optional_text(record, "input", where):
         request = f"{request}\n\n{extra}"
-    answer = _optional_text(record, "output", where)
+    return _single_turn(request, _optional_text(record, "output", where))
+
+
+def _from_pair(record: Mapping[str, Any], where: str, asked: str) -> Conversation | None:
+    answered = _PAIRS[asked]
+    if answered not in record:
+        raise DataError(
+            f"{where}: {asked!r} stands without {answered!r}.",
+            f"Add {answered!r}; null leaves the answer to the dense model.",
+        )
+    return _single_turn(_text(record, asked, where), _optional_text(record, answered, where))
+
+
+def _single_turn(request: str, answer: str) -> Conversation:
     asked = Message("user", request)
     return Conversation((asked, Message("assistant", answer)) if answer else (asked,))
 
@@ -181,16 +211,19 @@ def _from_text(record: Mapping[str, Any], where: str) -> Conversation | None:
     return Conversation(text=_text(record, "text", where))
 
 
+_PAIRS = {"query": "response", "question": "answer"}
 # In order of precedence: Alpaca on the hub also carries a rendered `text`.
 _FORMATS: dict[str, Callable[[Mapping[str, Any], str], Conversation | None]] = {
     "messages": _from_messages,
     "conversations": _from_sharegpt,
     "instruction": _from_alpaca,
+    **{asked: partial(_from_pair, asked=asked) for asked in _PAIRS},
     "text": _from_text,
 }
 _FORMATS_HELP = (
     "A record has 'messages' (role, content), 'conversations' (from, value), "
-    "'instruction' (with 'input' and 'output'), or 'text'."
+    "'instruction' (with 'input' and 'output'), 'query' and 'response', 'question' and "
+    "'answer', or 'text'."
 )
 _ROLES: dict[str, dict[str, Role]] = {
     "role": {"system": "system", "user": "user", "assistant": "assistant"},
@@ -199,6 +232,8 @@ _ROLES: dict[str, dict[str, Role]] = {
         "human": "user",
         "user": "user",
         "gpt": "assistant",
+        "chatgpt": "assistant",
+        "bard": "assistant",
         "assistant": "assistant",
     },
 }

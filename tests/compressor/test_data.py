@@ -75,12 +75,35 @@ def test_alpaca_list(tmp_path):
             [("user", "q"), ("assistant", "a")],
         ),
         ([("human", "q"), ("gpt", None)], [("user", "q")]),
+        ([("human", "q"), ("chatgpt", "a")], [("user", "q"), ("assistant", "a")]),
+        ([("human", "q"), ("bard", "a")], [("user", "q"), ("assistant", "a")]),
+        (
+            [("system", ""), ("human", "q"), ("system", None), ("gpt", "a")],
+            [("user", "q"), ("assistant", "a")],
+        ),
     ],
 )
 def test_sharegpt_list(tmp_path, record, expected):
     path = tmp_path / "share.json"
     path.write_text(json.dumps([share(*record)]))
     assert read_conversations(str(path)) == [turns(*expected)]
+
+
+def test_a_log_with_another_assistant_is_left_out(lines):
+    logs = [share(("human", "q"), ("bing", "a"), ("nobody", "")), share(("human", "q"))]
+    assert read_conversations(lines(*logs)) == [turns(("user", "q"))]
+
+
+@pytest.mark.parametrize(("asked", "answered"), [("query", "response"), ("question", "answer")])
+def test_pairs(lines, asked, answered):
+    read = read_conversations(
+        lines(
+            {asked: "q", answered: "a\n", "text": "beside it", "type": "x"},
+            {asked: "r", answered: None},
+            {asked: "s", answered: " "},
+        )
+    )
+    assert read == [turns(("user", "q"), ("assistant", "a\n")), *(turns(("user", t)) for t in "rs")]
 
 
 def test_messages_lines(lines):
@@ -132,6 +155,17 @@ def test_max_samples_counts_conversations_and_reads_no_further(lines):
         read_conversations(source, max_samples=0)
 
 
+def test_a_shuffle_takes_from_the_whole_buffer(lines):
+    source = lines(*({"text": str(number)} for number in range(40)))
+    order = {"shuffle_buffer": 40, "seed": 5}
+    read = read_conversations(source, max_samples=10, **order)
+    assert read == read_conversations(source, max_samples=10, **order)
+    assert read == read_conversations(source, **order)[:10]
+    assert max(int(each.text) for each in read) >= 10
+    with pytest.raises(ValueError, match="at least 1"):
+        read_conversations(source, shuffle_buffer=-1)
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -152,11 +186,15 @@ def test_max_samples_counts_conversations_and_reads_no_further(lines):
         (chat(("user", "q"), ("assistant", " ")), "messages[1]: 'content' is empty"),
         ({"messages": [{"role": "user", "content": ["q"]}]}, "'content' must be text, not a list"),
         ({"conversations": {}}, "'conversations' must be a list, not an object"),
-        (share(("bing", "q")), "conversations[0]: unknown role 'bing'"),
+        (share(("narrator", "q")), "conversations[0]: unknown role 'narrator'"),
         (share(("human", 7)), "conversations[0]: 'value' must be text, not a number"),
         ({"instruction": "\n", "output": "a"}, "'instruction' is empty"),
         ({"instruction": "q", "output": {"a": 1}}, "'output' must be text, not an object"),
         ({"instruction": "q", "input": 0}, "'input' must be text, not a number"),
+        ({"query": "q"}, "'query' stands without 'response'"),
+        ({"question": "q", "answers": ["a"]}, "'question' stands without 'answer'"),
+        ({"query": "", "response": "a"}, "'query' is empty"),
+        ({"question": "q", "answer": 3}, "'answer' must be text, not a number"),
         ({"text": ""}, "'text' is empty"),
         ({"text": None}, "'text' is empty"),
         ({"text": "\ud83d"}, "'text' holds half of a surrogate pair"),
@@ -173,10 +211,10 @@ def test_every_fault_of_a_record_is_named_with_its_line(lines, record, message):
 def test_unknown_format_and_role_name_what_is_known(lines):
     with pytest.raises(DataError) as fault:
         read_conversations(lines({"q": "a"}))
-    for key in ("'messages'", "'conversations'", "'instruction'", "'text'"):
-        assert key in fault.value.remedy
+    for key in ("messages", "conversations", "instruction", "query", "question", "text"):
+        assert f"'{key}'" in fault.value.remedy
     with pytest.raises(DataError) as fault:
-        read_conversations(lines(share(("bing", "q"))))
+        read_conversations(lines(share(("narrator", "q"))))
     assert "human" in fault.value.remedy
 
 

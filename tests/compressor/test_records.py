@@ -11,8 +11,8 @@ from mskip.compressor.errors import DataError
 from mskip.compressor.records import read_records
 
 
-def records(source: object, *, split: str = "train", trust: bool = False) -> list:
-    return list(read_records(str(source), split, trust))
+def records(source: object, *, split: str = "train", trust: bool = False, **order: int) -> list:
+    return list(read_records(str(source), split, trust, **order))
 
 
 def write(path: Path, text: str) -> Path:
@@ -30,6 +30,54 @@ def test_json_list_yields_the_line_each_record_begins_at(tmp_path):
     path = write(tmp_path / "a.json", json.dumps(rows, indent=2))
     assert [record for _, record in records(path)] == rows
     assert [where for where, _ in records(path)] == [f"{path}:{line}" for line in (2, 5, 13)]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 16])
+def test_json_list_is_the_same_whatever_is_read_at_a_time(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr("mskip.compressor.records._CHUNK", chunk)
+    rows = [
+        12345,
+        {"text": 'é\u2028 "]" \\', "n": [-1.5e-3, None, True]},
+        {},
+        [],
+        "\U0001f600",
+        678,
+    ]
+    path = tmp_path / "a.json"
+    for indent, ascii_only in ((None, True), (2, False)):
+        write(path, json.dumps(rows, indent=indent, ensure_ascii=ascii_only))
+        assert [record for _, record in records(path)] == rows
+    assert [where for where, _ in records(path)] == [f"{path}:{n}" for n in (2, 3, 11, 12, 13, 14)]
+    write(path, '[\n{"text": "a"},\n{"text" "b"}]')
+    with pytest.raises(DataError, match=r"a\.json:3: malformed JSON: Expecting ':'"):
+        records(path)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.txt"])
+def test_a_file_is_read_no_further_than_asked(tmp_path, name):
+    """What cannot be decoded lies beyond the chunks that two records need."""
+    rows = [json.dumps({"text": f"{number} {'x' * 1000}"}).encode() for number in range(200)]
+    separator = {"a.json": b",\n", "a.jsonl": b"\n", "a.txt": b"\n\n"}[name]
+    opening = b"[" if name == "a.json" else b""
+    (tmp_path / name).write_bytes(opening + separator.join([*rows, b"\xff"]))
+    read = read_records(str(tmp_path / name), "train", False)
+    first, second = next(read)[1], next(read)[1]
+    assert "0 xxx" in first["text"]
+    assert "1 xxx" in second["text"]
+    with pytest.raises(DataError, match="not UTF-8"):
+        list(read)
+
+
+def test_shuffled_records_keep_their_lines(tmp_path):
+    path = write(tmp_path / "a.jsonl", "".join(f'{{"n": {n}}}\n' for n in range(1, 51)))
+    order = {"shuffle_buffer": 50, "seed": 1}
+    read = records(path, **order)
+    assert read != records(path)
+    assert sorted(read, key=lambda item: item[1]["n"]) == records(path)
+    assert all(where == f"{path}:{record['n']}" for where, record in read)
+    assert read == records(path, **order) != records(path, shuffle_buffer=50, seed=2)
+    with pytest.raises(ValueError, match="at least 1"):
+        records(path, shuffle_buffer=-1)
 
 
 def test_documents_are_separated_by_blank_lines(tmp_path):
@@ -108,6 +156,7 @@ def test_unknown_embedded_name():
 def hub(monkeypatch):
     """A stand-in for ``datasets``; returns the calls it got."""
     calls = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
     def install(load):
         module = types.ModuleType("datasets")
@@ -123,19 +172,77 @@ def test_hub_rows(hub):
     calls = hub(lambda name, **options: calls.append((name, options)) or iter([{"text": "a"}]))
     assert records("some/set", split="test", trust=True) == [("some/set row 1", {"text": "a"})]
     # This loader does not know the word, so it is not passed even when asked for.
-    assert calls == [("some/set", {"split": "test"})]
+    assert calls == [("some/set", {"split": "test", "streaming": True})]
+
+
+def test_offline_the_prepared_copy_is_asked_for(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    calls = hub(lambda name, split, streaming: calls.append(streaming) or [])
+    assert records("some/set") == []
+    assert calls == [False]
+
+
+def test_hub_rows_are_read_no_further_than_asked(hub):
+    def load(name, split, streaming):
+        yield {"text": "a"}
+        raise AssertionError("read past what was needed")
+
+    hub(load)
+    assert next(read_records("some/set", "train", False)) == ("some/set row 1", {"text": "a"})
+
+
+def test_datasets_itself_streams(tmp_path, monkeypatch):
+    """The real library, on a folder in place of the hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    turns = [{"from": "human", "value": "q", "weight": 0.0}, {"from": "gpt", "value": "a"}]
+    (tmp_path / "some" / "set").mkdir(parents=True)
+    rows = [json.dumps({"conversations": turns, "key": number}) for number in range(3)]
+    write(tmp_path / "some" / "set" / "train.jsonl", "\n".join(rows))
+    read = records("some/set")
+    assert [where for where, _ in read] == [f"some/set row {number}" for number in (1, 2, 3)]
+    assert [record["key"] for _, record in read] == [0, 1, 2]
+    assert [turn["value"] for turn in read[2][1]["conversations"]] == ["q", "a"]
+    with pytest.raises(DataError, match=r"cannot load .* \(split 'test'\): .*split"):
+        records("some/set", split="test")
+
+
+def test_a_json_list_of_the_hub_is_opened_by_itself(tmp_path, monkeypatch):
+    """fsspec's file system in memory in place of the hub's."""
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    memory = fsspec.filesystem("memory")
+    monkeypatch.setattr("huggingface_hub.HfFileSystem", lambda: memory)
+    name = "meta-math/MetaMathQA/MetaMathQA-395K.json"
+    rows = [{"query": str(number), "response": "é" * 1000} for number in range(200)]
+    text = json.dumps(rows, ensure_ascii=False, indent=0).encode()
+    memory.pipe(f"datasets/{name}", text[:-1] + b"\xff")
+    try:
+        read = read_records("metamathqa", "train", False)
+        assert next(read) == (f"{name}:2", rows[0])
+        with pytest.raises(DataError, match=rf"cannot load the data set '{name}': .*utf-8"):
+            list(read)
+    finally:
+        memory.rm(f"datasets/{name}")
+    with pytest.raises(DataError, match=rf"cannot load the data set '{name}'"):
+        records("metamathqa")
 
 
 @pytest.mark.parametrize(("trust", "passed"), [(True, [True]), (False, [None])])
 def test_remote_code_only_when_asked_for_and_supported(hub, trust, passed):
     calls = hub.calls
-    hub(lambda name, split, trust_remote_code=None: calls.append(trust_remote_code) or [])
+
+    def load(name, split, streaming, trust_remote_code=None):
+        calls.append(trust_remote_code)
+        return []
+
+    hub(load)
     assert records("set", trust=trust) == []
     assert calls == passed
 
 
 def test_any_hub_failure_names_id_cause_and_remedy(hub):
-    def load(name, split):
+    def load(name, split, streaming):
         raise ConnectionError("no route to host\nlong trace")
 
     hub(load)
@@ -148,7 +255,7 @@ def test_any_hub_failure_names_id_cause_and_remedy(hub):
 
 
 def test_hub_failure_while_rows_are_read(hub):
-    def load(name, split):
+    def load(name, split, streaming):
         yield {"text": "a"}
         raise OSError
 
