@@ -38,7 +38,7 @@ $(VENV)/demo.ready: $(VENV)/base.ready
 	touch $@
 
 $(VENV)/dev.ready: $(VENV)/demo.ready
-	$(PIP) install -q -c constraints.txt -e '.[cpu,demo,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[cpu,demo,eval,dev]'
 	touch $@
 
 clean:

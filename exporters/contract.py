@@ -2,8 +2,9 @@
 
 One graph serves prefill and decoding. Decisions enter and leave as ``routing``:
 an undecided entry (-1) is decided from the score and ``tau``, any other is
-obeyed. A routed layer's cache has a row for each *executing* sequence, in
-batch order, so a skipping sequence holds no keys or values there.
+obeyed. Where attention or the block is routed, a layer's cache has a row for
+each *executing* sequence, in batch order, so a skipping sequence holds no keys
+or values there; a routed MLP leaves the cache as it is.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 
 from mskip.compressor.errors import ArtifactError
 from mskip.compressor.files import read_json, write_json
+from mskip.compressor.sublayers import Granularity
 
-FORMAT = 1
+FORMAT = 2
 UNSCORED = -1.0
 """Value in ``routing_scores`` where no score was computed (nothing was undecided)."""
 
@@ -54,7 +56,9 @@ class Contract:
         tau: default threshold of each routed sublayer.
         eos: token ids that end a sequence.
         pad: token id for padding.
-        removed_layers: decoder layers without attention (static graphs).
+        removed_layers: decoder layers that lack the sublayer (static graphs).
+        granularity: which sublayer is routed or removed.
+        compensation_rank: rank of the map that stands for a skipped sublayer; 0 for nothing.
     """
 
     layers: int
@@ -68,16 +72,24 @@ class Contract:
     eos: list[int]
     pad: int
     removed_layers: list[int]
+    granularity: Granularity = "attention"
+    compensation_rank: int = 0
 
     def kv_axes(self, layer: int, length: str) -> list[str | int]:
         """Axes of a layer's keys or values; ``length`` is the symbol of its positions."""
-        rows = f"rows_{layer}" if layer in self.routed_layers else BATCH
+        rows = f"rows_{layer}" if layer in self.compact_layers else BATCH
         return [rows, self.kv_heads, length, self.head_dim]
+
+    @property
+    def compact_layers(self) -> list[int]:
+        """Decoder layers whose cache has a row for executing sequences only."""
+        return [] if self.granularity == "mlp" else self.routed_layers
 
     @property
     def cached_layers(self) -> list[int]:
         """Decoder layers that have a cache."""
-        return [layer for layer in range(self.layers) if layer not in self.removed_layers]
+        gone = [] if self.granularity == "mlp" else self.removed_layers
+        return [layer for layer in range(self.layers) if layer not in gone]
 
     def inputs(self) -> list[TensorSpec]:
         """Inputs in the order of the graph."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mskip.compressor.progress import Progress, silent
+from mskip.exporters.contract import Contract
 from mskip.exporters.lowering import branch_prefix
 from mskip.exporters.ort_runner import OrtRunner
 from mskip.exporters.runner import Ints
@@ -28,18 +29,18 @@ def filled(prompts: Sequence[Sequence[int]], length: int, batch: int = 1) -> Int
     return np.asarray(rows, dtype=np.int64)
 
 
-def branch_nodes(profile: Path, layers: Sequence[int]) -> tuple[int, int]:
+def branch_nodes(profile: Path, contract: Contract) -> tuple[int, int]:
     """Count kernels in a profile of ONNX Runtime.
 
     Args:
         profile: the JSON that the runtime wrote.
-        layers: routed decoder layers.
+        contract: of the graph that ran.
 
     Returns:
         Kernels that ran in the then-branches of these layers, and Softmax kernels in all:
         one for each attention that ran, whatever its nodes are called after fusion.
     """
-    prefixes = tuple(branch_prefix(layer) for layer in layers)
+    prefixes = tuple(branch_prefix(layer, contract.granularity) for layer in contract.routed_layers)
     events = [e for e in json.loads(profile.read_text("utf-8")) if e.get("cat") == "Node"]
     inside = sum(event["name"].startswith(prefixes) for event in events)
     softmax = sum(event.get("args", {}).get("op_name") == "Softmax" for event in events)
@@ -53,7 +54,7 @@ def profiled(folder: Path, ids: Ints, decision: int) -> tuple[int, int]:
         routing = np.full((len(ids), len(engine.contract.routed_layers)), decision, dtype=np.int64)
         state = engine.prefill(ids, routing=routing)
         engine.extend(state, ids[:, :1])
-        return branch_nodes(engine.end_profile(), engine.contract.routed_layers)
+        return branch_nodes(engine.end_profile(), engine.contract)
 
 
 def measure_laziness(
@@ -81,7 +82,7 @@ def measure_laziness(
             if repeat:  # the first round warms up
                 taken.append((time.perf_counter() - start) * 1e3)
         progress("laziness", repeat, REPEATS + 2)
-    dense_attention = len(engine.contract.cached_layers) - routed
+    dense_attention = len(engine.contract.cached_layers) - len(engine.contract.compact_layers)
     del engine
     skipped, skip_softmax = profiled(folder, ids, 0)
     progress("laziness", REPEATS + 1, REPEATS + 2)

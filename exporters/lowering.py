@@ -1,8 +1,9 @@
 """From traced parts to a graph: routed with conditionals, dense, or static.
 
-A routed attention becomes ``If(any gate)``: the then-branch picks the executing
+A routed sublayer becomes ``If(any gate)``: the then-branch picks the executing
 rows, runs the body on them and scatters the result; the else-branch gives
-zeros and an empty cache, touching neither weights nor keys. Weights stay
+what a skip gives (zeros, of a block its input, or the compensation) and an
+empty cache, touching neither the sublayer's weights nor its keys. Weights stay
 initializers of the main graph, which every branch reads.
 """
 
@@ -17,16 +18,18 @@ from onnx_ir.passes import common
 from torch import Tensor
 
 import mskip
+from mskip.compressor.sublayers import Granularity
+from mskip.exporters.bodies import Body
 from mskip.exporters.contract import UNSCORED, Contract
-from mskip.exporters.tracing import ATTENTION, DOMAIN, SCORE, Traced
+from mskip.exporters.tracing import DOMAIN, SCORE, SUBLAYER, Traced
 
 Weights = Callable[[int], dict[str, Tensor]]
-"""Decoder layer -> its attention's parameters by name."""
+"""Decoder layer -> what its body reads, by name; see `body_weights`."""
 
 
-def branch_prefix(layer: int) -> str:
-    """Prefix of every node name in the then-branch of a layer's attention."""
-    return f"layers.{layer}.attention/"
+def branch_prefix(layer: int, granularity: Granularity = "attention") -> str:
+    """Prefix of every node name in the then-branch of a layer's sublayer."""
+    return f"layers.{layer}.{granularity}/"
 
 
 def routed_graph(traced: Traced, weights: Weights, contract: Contract) -> ir.Model:
@@ -34,8 +37,8 @@ def routed_graph(traced: Traced, weights: Weights, contract: Contract) -> ir.Mod
     builder = _Builder(traced, weights)
     for node in builder.placeholders(SCORE):
         builder.conditional_score(node)
-    for node in builder.placeholders(ATTENTION):
-        builder.conditional_attention(node)
+    for node in builder.placeholders(SUBLAYER):
+        builder.conditional_sublayer(node)
     tau = next(value for value in builder.graph.inputs if value.name == "tau")
     tau.const_value = ir.tensor(np.array(contract.tau, dtype=np.float32), name="tau")
     builder.graph.initializers["tau"] = tau
@@ -43,16 +46,16 @@ def routed_graph(traced: Traced, weights: Weights, contract: Contract) -> ir.Mod
 
 
 def static_graph(traced: Traced, weights: Weights, contract: Contract) -> ir.Model:
-    """A graph without routing: attention of ``contract.removed_layers`` is gone, the rest is dense.
+    """A graph without routing: sublayers of ``contract.removed_layers`` are gone, the rest dense.
 
     With nothing removed this is the dense model, lowered by the same exporter.
     """
     builder = _Builder(traced, weights)
-    for node in builder.placeholders(ATTENTION):
+    for node in builder.placeholders(SUBLAYER):
         if _layer(node) in contract.removed_layers:
-            builder.remove_attention(node)
+            builder.remove_sublayer(node)
         else:
-            builder.inline_attention(node)
+            builder.inline_sublayer(node)
     builder.keep_interface(contract)
     return builder.finish(contract)
 
@@ -65,6 +68,7 @@ class _Builder:
     def __init__(self, traced: Traced, weights: Weights) -> None:
         self.traced = traced
         self.weights = weights
+        self.granularity = traced.contract.granularity
         self.model = traced.trunk.clone()
         self.graph = self.model.graph
 
@@ -81,57 +85,78 @@ class _Builder:
         score = otherwise.op("Expand", [_constant(otherwise, np.float32(UNSCORED)), shape])
         self._replace(node, undecided, then, _graph(otherwise, [score], "unscored"))
 
-    def conditional_attention(self, node: ir.Node) -> None:
+    def conditional_sublayer(self, node: ir.Node) -> None:
         layer = _layer(node)
-        gate, hidden, cos, sin, mask, past_key, past_value = _inputs(node)
-        prefix = branch_prefix(layer)
+        body = self.traced.bodies[layer]
+        gate, hidden, *place = _inputs(node)
+        place, past = place[:-2], place[-2:]
         choose = tape.Tape()
-        zero = _constant(choose, np.array([0], dtype=np.int64))
-        rows = choose.op("Squeeze", [choose.op("NonZero", [gate]), zero])
+        rows, others = _numbers(choose, gate), gate
+        if body.skip is not None:
+            others = _numbers(choose, choose.op("Not", [gate]))
         count = choose.op("Shape", [rows])
-        pasts = []
-        for past in (past_key, past_value):
+        compact = []
+        for each in past:
             # At prefill the past is empty and has any number of rows; while decoding
             # it has one row for each executing sequence and this changes nothing.
-            tail = choose.op("Shape", [past], attributes={"start": 1})
+            tail = choose.op("Shape", [each], attributes={"start": 1})
             shape = choose.op("Concat", [count, tail], attributes={"axis": 0})
-            pasts.append(choose.op("Reshape", [past, shape]))
-        arguments = [rows, hidden, cos, sin, mask, *pasts, *self._weights(layer)]
-        then = self._branch(self.traced.attention[layer], arguments, prefix, list(choose.nodes))
-
-        skip = tape.Tape()
-        output = skip.op("Expand", [_constant(skip, np.float32(0)), skip.op("Shape", [hidden])])
-        contract = self.traced.contract
-        shape = skip.op(
-            "Concat",
-            [
-                _constant(skip, np.array([0, contract.kv_heads], dtype=np.int64)),
-                skip.op("Shape", [mask], attributes={"start": 3}),
-                _constant(skip, np.array([contract.head_dim], dtype=np.int64)),
-            ],
-            attributes={"axis": 0},
-        )
-        empty = skip.op("ConstantOfShape", [shape])
-        other = skip.op("Identity", [empty])
-        otherwise = _graph(skip, [output, empty, other], f"layers.{layer}.skip/")
+            compact.append(choose.op("Reshape", [each, shape]))
+        weights = self._weights(layer)
+        arguments = [rows, others, hidden, *place, *compact, *weights]
+        prefix = branch_prefix(layer, self.granularity)
+        then = self._branch(body.execute, arguments, prefix, list(choose.nodes))
+        otherwise = self._skip(layer, body, hidden, place, weights)
 
         top = tape.Tape()
         whole = top.op("Cast", [gate], attributes={"to": ir.DataType.INT32})
         anyone = top.op("ReduceMax", [whole], attributes={"keepdims": 0})
         condition = top.op("Cast", [anyone], attributes={"to": ir.DataType.BOOL})
-        for number, each in enumerate(top.nodes):
-            each.name = f"layers.{layer}.condition/{number}"
+        for number, made in enumerate(top.nodes):
+            made.name = f"layers.{layer}.condition/{number}"
         self.graph.insert_before(node, list(top.nodes))
         self._replace(node, condition, then, otherwise)
 
-    def inline_attention(self, node: ir.Node) -> None:
+    def _skip(
+        self,
+        layer: int,
+        body: Body,
+        hidden: ir.Value,
+        place: list[ir.Value],
+        weights: list[ir.Value],
+    ) -> ir.Graph:
+        """The else-branch: what a skip gives, and a cache without rows."""
+        name = f"layers.{layer}.skip/"
+        skip = tape.Tape()
+        empty = []
+        if place:
+            contract, mask = self.traced.contract, place[-1]
+            parts = [
+                _constant(skip, np.array([0, contract.kv_heads], dtype=np.int64)),
+                skip.op("Shape", [mask], attributes={"start": 3}),
+                _constant(skip, np.array([contract.head_dim], dtype=np.int64)),
+            ]
+            shape = skip.op("Concat", parts, attributes={"axis": 0})
+            empty = [skip.op("ConstantOfShape", [shape])]
+            empty.append(skip.op("Identity", empty))
+        if body.skip is not None:
+            graph = self._branch(body.skip, [hidden, *weights], name, list(skip.nodes))
+            graph.outputs.extend(empty)
+            return graph
+        if self.granularity == "block":
+            output = skip.op("Identity", [hidden])
+        else:
+            output = skip.op("Expand", [_constant(skip, np.float32(0)), skip.op("Shape", [hidden])])
+        return _graph(skip, [output, *empty], name)
+
+    def inline_sublayer(self, node: ir.Node) -> None:
         layer = _layer(node)
-        _, *arguments = _inputs(node)
-        rows = arguments[0]  # The dense body ignores its row numbers.
+        gate, *arguments = _inputs(node)
         body = self._branch(
-            self.traced.dense_attention[layer],
-            [rows, *arguments, *self._weights(layer)],
-            branch_prefix(layer),
+            self.traced.bodies[layer].dense,
+            # The dense body ignores its row numbers.
+            [gate, gate, *arguments, *self._weights(layer)],
+            branch_prefix(layer, self.granularity),
         )
         outputs = list(body.outputs)
         nodes = list(body)
@@ -144,9 +169,13 @@ class _Builder:
         self.graph.insert_before(node, nodes)
         self._substitute(node, outputs)
 
-    def remove_attention(self, node: ir.Node) -> None:
+    def remove_sublayer(self, node: ir.Node) -> None:
         # The residual stream passes by: the sum with nothing is the other operand.
         (output, *_) = node.outputs
+        if self.granularity == "block":
+            passed = node.inputs[1]
+            assert passed is not None
+            ir.convenience.replace_all_uses_with(output, passed)
         for use in list(output.uses()):
             assert use.node.op_type == "Add"
             (passed,) = [value for value in use.node.inputs if value is not output]
@@ -166,7 +195,7 @@ class _Builder:
     def _weights(self, layer: int) -> list[ir.Value]:
         values = []
         for name, parameter in self.weights(layer).items():
-            full = f"layers.{layer}.attention.{name}"
+            full = f"layers.{layer}.{self.granularity}.{name}"
             if full not in self.graph.initializers:
                 self.graph.register_initializer(_initializer(full, parameter))
             values.append(self.graph.initializers[full])
@@ -272,6 +301,12 @@ def _inputs(node: ir.Node) -> list[ir.Value]:
 
 def _constant(into: tape.Tape, value: np.ndarray | np.generic) -> ir.Value:
     return into.op("Constant", [], attributes={"value": ir.tensor(np.asarray(value))})
+
+
+def _numbers(into: tape.Tape, gate: ir.Value) -> ir.Value:
+    """The rows where ``gate`` [batch] is open, [n] int64."""
+    zero = _constant(into, np.array([0], dtype=np.int64))
+    return into.op("Squeeze", [into.op("NonZero", [gate]), zero])
 
 
 def _graph(from_: tape.Tape, outputs: list[ir.Value], name: str) -> ir.Graph:

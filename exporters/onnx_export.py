@@ -18,14 +18,14 @@ import onnx
 import onnx_ir as ir
 from torch import Tensor
 
-from mskip.compressor.artifact import Run, load_routers, routers_hash
+from mskip.compressor.artifact import Run, load_routers, routers_hash, saved_orders
 from mskip.compressor.baselines import kept_count
 from mskip.compressor.errors import ModelError
-from mskip.compressor.families import family_of
 from mskip.compressor.files import sha256, whole_folder
 from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.router import Routers
+from mskip.exporters.bodies import body_weights
 from mskip.exporters.contract import Contract
 from mskip.exporters.lowering import routed_graph, static_graph
 from mskip.exporters.tracing import trace
@@ -54,6 +54,8 @@ def contract_of(base: BaseModel, routers: Routers, tau: list[float], opset: int)
         eos=ends if isinstance(ends, list) else [] if ends is None else [ends],
         pad=int(base.tokenizer.pad_token_id),
         removed_layers=[],
+        granularity=routers.sublayers.granularity,
+        compensation_rank=routers.sublayers.compensation_rank,
     )
 
 
@@ -72,22 +74,21 @@ def export_onnx(
         routers: its routers.
         contract: of the routed graph.
         folder: receives model.onnx with its data, dense.onnx, static.onnx (``static_removed``
-            gone), ceiling.onnx (every routed attention gone), contract.json and the tokenizer.
-        static_removed: decoder layers whose attention the static peer lacks.
+            gone), ceiling.onnx (every routed sublayer gone), contract.json and the tokenizer.
+        static_removed: decoder layers whose sublayer the static peer lacks.
         progress: one unit a part.
 
     Raises:
-        ModelError: every layer is routed.
+        ModelError: no layer has a cache for every sequence.
     """
-    if len(routers.layers) == contract.layers:
+    if len(contract.compact_layers) == contract.layers:
         raise ModelError(
             "every layer is routed; the export needs one layer that always executes.",
             "Set routing.exclude_last to 1 or more.",
         )
-    family = family_of(base.model)
 
     def weights(layer: int) -> dict[str, Tensor]:
-        return dict(family.attention_of(base.model, layer).named_parameters())
+        return body_weights(base.model, routers.sublayers, layer)
 
     progress("export", 0, 6, "tracing")
     traced = trace(base.model, routers, contract)
@@ -103,7 +104,13 @@ def export_onnx(
     peers = {DENSE: [], STATIC: static_removed, CEILING: routers.layers}
     for done, (name, removed) in enumerate(peers.items(), 2):
         progress("export", done, 6, name)
-        peer = replace(contract, routed_layers=[], tau=[], removed_layers=list(removed))
+        peer = replace(
+            contract,
+            routed_layers=[],
+            tau=[],
+            removed_layers=list(removed),
+            compensation_rank=0,
+        )
         model = static_graph(traced, weights, peer)
         for value in model.graph.initializers.values():
             if value.name is not None and value.name in stored:
@@ -135,7 +142,7 @@ def export_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict[s
     routers = load_routers(run, base)
     calibration = run.calibration()
     contract = contract_of(base, routers, calibration["tau"], recipe.export.opset)
-    removed = static_peer_layers(run, calibration["target"])
+    removed = static_peer_layers(run, routers.layers, calibration["target"])
     with whole_folder(run.onnx) as folder:
         export_onnx(base, routers, contract, folder, removed, progress)
     weights = sum(parameter.nbytes for parameter in base.model.parameters())
@@ -153,9 +160,11 @@ def export_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict[s
         "libraries_rss_bytes": LIBRARIES_RSS,
         "peak_memory_over_weights": round(_export_memory(before, peak, weights) / weights, 2),
         "if_nodes": sum(
-            node.op_type == "If" and node.name.endswith(".attention")
+            node.op_type == "If" and node.name.endswith(f".{contract.granularity}")
             for node in onnx.load(run.onnx / MODEL, load_external_data=False).graph.node
         ),
+        "granularity": contract.granularity,
+        "compensation_rank": contract.compensation_rank,
         "checker": "passed",
         "static_removed": removed,
     }
@@ -164,12 +173,10 @@ def export_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict[s
     return report
 
 
-def static_peer_layers(run: Run, capacity: float) -> list[int]:
-    """Layers that the static peer lacks: as many as routing skips, the least sensitive ones."""
-    saved = run.report("tune", "Make it with: mskip tune")["sensitivity"]
-    layers, kl = saved["layers"], saved["kl"]
+def static_peer_layers(run: Run, layers: list[int], capacity: float) -> list[int]:
+    """Layers that the static peer lacks: as many as routing skips, by the recipe's rule."""
+    order = saved_orders(run, layers)[run.recipe().static.rule]
     count = len(layers) - kept_count(capacity, len(layers))
-    order = sorted(range(len(layers)), key=lambda index: kl[index])
     return sorted(layers[index] for index in order[:count])
 
 

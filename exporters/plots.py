@@ -65,6 +65,34 @@ def quality(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def tradeoff(series: Mapping[str, Sequence[Row]]) -> Figure:
+    """KL from the dense model against capacity, one line a method.
+
+    Args:
+        series: by method the points, each with ``capacity`` (0..1) and ``kl`` (nats a token).
+    """
+    figure = _figure(3.6)
+    axes = _styled(figure.add_subplot())
+    looks = ((_GREY, "s", "--"), (_BLUE, "o", "-"), (_ORANGE, "D", "--"), (_GREEN, "^", "-"))
+    for number, (name, points) in enumerate(series.items()):
+        ordered = sorted(points, key=lambda point: float(point["capacity"]))
+        colour, marker, line = looks[number % len(looks)]
+        axes.plot(
+            [_number(point.get("capacity")) for point in ordered],
+            [_number(point.get("kl")) for point in ordered],
+            color=colour, marker=marker, linestyle=line, markersize=5, linewidth=1.4, label=name,
+        )  # fmt: skip
+    axes.plot([1.0], [0.0], color=_INK, marker="*", markersize=10, linestyle="", label="dense")
+    axes.grid(color=_PALE)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(
+        "capacity: executed share of routed calls (skip rate = 1 - capacity)", fontsize=9
+    )
+    axes.set_ylabel("KL from dense, nats per token", fontsize=9)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
 def layer_capacity(layers: Sequence[Row], target: float | None = None) -> Figure:
     """Held-out capacity of each routed layer, with the constant gates marked.
 

@@ -66,8 +66,10 @@ _INPUTS = {
     "validate": _Input("reports/validate.json", "mskip validate", _VALIDATE_SHAPE),
     "bench": _Input("reports/bench.json", "mskip bench", {"rows": [dict.fromkeys(_BENCH, _N)]}),
     "export": _Input("reports/export.json", "mskip export", {"bytes": _N}),
+    "sweep": _Input("reports/sweep.json", "mskip sweep", {"series": {}, "dense_perplexity": _N}),
+    "tasks": _Input("reports/tasks.json", "mskip eval --tasks paper", {}),
 }
-_FIGURES = ("quality", "capacity", "scores", "constraint", "sensitivity", "latency")
+_FIGURES = ("quality", "sweep", "capacity", "scores", "constraint", "sensitivity", "latency")
 _TOLERANCE = 0.05  # how far the reached capacity may lie from its target
 
 
@@ -181,6 +183,9 @@ def _figures(data: dict[str, Any]) -> Iterator[tuple[str, Figure, str]]:
     if rows := _at(data, "eval", "rows"):
         values = ", ".join(f"{row.get('method')} {_number(row.get('kl'))}" for row in rows)
         yield "quality", plots.quality(rows), f"Bars of KL from dense in nats per token: {values}."
+    if series := _at(data, "sweep", "series"):
+        ends = ", ".join(f"{name}: {len(points)} points" for name, points in series.items())
+        yield "sweep", plots.tradeoff(series), f"Lines of KL from dense against capacity. {ends}."
     if layers := _at(data, "calibration", "layers"):
         known = [row["capacity"] for row in layers if row.get("capacity") is not None]
         ends = " to ".join(_capacity(end(known, default=None)) for end in (min, max))

@@ -202,7 +202,28 @@ def bench_run(
         "rows": rows,
     }
     run.write_report("bench", report)
+    count = len(engines[MODEL].contract.routed_layers)
+    run.write_report("costs", costs_of(rows, count, engines[MODEL].name))
     return report
+
+
+def costs_of(rows: list[dict[str, Any]], routed: int, engine: str) -> dict[str, Any]:
+    """What one routed sublayer costs where it matters most: the longest prefill of one prompt.
+
+    It does not depend on tau, so it outlives a calibration, which may aim by it.
+
+    Args:
+        rows: of the bench report.
+        routed: number of routed sublayers.
+        engine: its name.
+    """
+    row = min(
+        (row for row in rows if row["phase"] == "prefill"),
+        key=lambda row: (row["batch"], -row["context"]),
+    )
+    names = ("phase", "batch", "context", "dense_ms", "execute_ms", "skip_ms")
+    each = (row["execute_ms"] - row["skip_ms"]) / routed
+    return {"engine": engine, **{name: row[name] for name in names}, "per_sublayer_ms": each}
 
 
 def _text(run: Run) -> list[list[int]]:

@@ -43,9 +43,20 @@ class TorchRunner(Runner):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @torch.no_grad()
     def forward(self, input_ids: Ints, mask: Ints, cache: Any, routing: Ints, tau: Floats) -> State:
         """See `Runner.forward`."""
+        return self._call(input_ids, mask, cache, routing, tau, 0)  # transformers' word for all
+
+    def forward_last(
+        self, input_ids: Ints, mask: Ints, cache: Any, routing: Ints, tau: Floats
+    ) -> State:
+        """See `Runner.forward_last`."""
+        return self._call(input_ids, mask, cache, routing, tau, 1)
+
+    @torch.no_grad()
+    def _call(
+        self, input_ids: Ints, mask: Ints, cache: Any, routing: Ints, tau: Floats, keep: int
+    ) -> State:
         model = self.base.model
         device = model.device
         # The caller's state stays usable: a cache that grows is a copy. Tensors are
@@ -72,6 +83,7 @@ class TorchRunner(Runner):
             past_key_values=cache,
             use_cache=True,
             routing=hard,
+            logits_to_keep=keep,
         ).logits
         return State(
             logits.float().cpu().numpy(),

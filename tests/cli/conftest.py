@@ -46,6 +46,7 @@ def calibration() -> dict[str, Any]:
     ]
     return {
         "target": 0.5,
+        "goal": {"kind": "capacity", "value": 0.5},
         "per_layer": False,
         "tau": [0.4, 0.4, 0.4],
         "capacity": {

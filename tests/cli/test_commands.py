@@ -25,11 +25,11 @@ def test_a_failed_gate_exits_3(mskip, bare_run, validation, monkeypatch):
 def test_capacity_and_skip_rate_stand_together(mskip, bare_run, calibration, monkeypatch):
     asked = []
 
-    def calibrate_run(run, base, capacity, *, per_layer, progress):
-        asked.append((capacity, per_layer))
+    def calibrate_run(run, base, goal, *, per_layer, progress):
+        asked.append((str(goal), per_layer))
         return calibration
 
-    monkeypatch.setattr("mskip.compressor.workflow.calibrate_run", calibrate_run)
+    monkeypatch.setattr("mskip.compressor.calibrate_step.calibrate_run", calibrate_run)
     result = mskip("calibrate")
     assert result.exit_code == 0
     assert "(skip rate)" in result.stdout
@@ -37,12 +37,18 @@ def test_capacity_and_skip_rate_stand_together(mskip, bare_run, calibration, mon
     assert "warning: layers 3" in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
     mskip("calibrate", "--capacity", "0.25", "--per-layer")
-    assert asked == [(0.5, False), (0.25, True)]
+    mskip("calibrate", "--max-kl", "0.2")
+    assert asked == [("--capacity 0.5", False), ("--capacity 0.25", True), ("--max-kl 0.2", False)]
+    result = mskip("calibrate", "--max-kl", "0.2", "--speedup", "1.2")
+    assert result.exit_code == 2
+    assert "one goal" in result.stderr
     assert json.loads(mskip("calibrate", "--json").stdout) == calibration
 
 
 def test_only_the_main_process_speaks(mskip, bare_run, calibration, monkeypatch):
-    monkeypatch.setattr("mskip.compressor.workflow.calibrate_run", lambda *_, **__: calibration)
+    monkeypatch.setattr(
+        "mskip.compressor.calibrate_step.calibrate_run", lambda *_, **__: calibration
+    )
     monkeypatch.setenv("RANK", "1")
     result = mskip("calibrate")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
@@ -183,9 +189,9 @@ def test_run_finishes_everything_before_a_failed_gate_ends_it(
     timing = {"phase": "prefill", "batch": 1, "context": 8, "speedup": 1.0, "spread": 0.0,
               "execute_ms": 2.0, "skip_ms": 1.0}  # fmt: skip
     for target, report in {
-        "compressor.workflow.tune_run": {},
-        "compressor.workflow.calibrate_run": calibration,
-        "compressor.workflow.evaluate_run": {"rows": rows},
+        "compressor.tune_step.tune_run": {},
+        "compressor.calibrate_step.calibrate_run": calibration,
+        "compressor.evaluate_step.evaluate_run": {"rows": rows},
         "exporters.onnx_export.export_run": {},
         "exporters.parity.validate_run": validation,
         "exporters.speed.bench_run": {"rows": [timing]},

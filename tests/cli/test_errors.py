@@ -172,7 +172,7 @@ def test_ctrl_c(mskip, bare_run, monkeypatch):
     def stopped(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mskip.compressor.workflow.calibrate_run", stopped)
+    monkeypatch.setattr("mskip.compressor.calibrate_step.calibrate_run", stopped)
     refused(mskip("calibrate"), "stopped")
 
 
@@ -180,7 +180,7 @@ def test_a_bug_keeps_its_traceback(mskip, bare_run, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("mskip.compressor.workflow.calibrate_run", broken)
+    monkeypatch.setattr("mskip.compressor.calibrate_step.calibrate_run", broken)
     with pytest.raises(ZeroDivisionError):
         mskip("calibrate")
 

@@ -89,7 +89,13 @@ def make_exported(tiny_routers: Callable[..., Routers]) -> Callable[..., Exporte
         run.write_calibration({"target": 0.5, "tau": tau})
         # The later a layer, the less it matters: the static peer loses the last ones.
         kl = [1.0 / (1 + layer) for layer in layers]
-        run.write_report("tune", {"sensitivity": {"layers": layers, "kl": kl, "cosine": kl}})
+        run.write_report(
+            "tune",
+            {
+                "sensitivity": {"layers": layers, "kl": kl, "cosine": kl},
+                "removal_orders": {"greedy": layers[::-1]},
+            },
+        )
         run_samples(run, recipe, base)
         parts: list[Traced] = []
 

@@ -300,7 +300,7 @@ def test_the_report_is_saved(exported: Exported) -> None:
 def test_static_peer_loses_the_least_sensitive(
     exported: Exported, capacity: float, removed: list[int]
 ) -> None:
-    assert static_peer_layers(exported.run, capacity) == removed
+    assert static_peer_layers(exported.run, exported.routers.layers, capacity) == removed
 
 
 def test_every_layer_routed_is_refused(exported: Exported, tmp_path: Path) -> None:

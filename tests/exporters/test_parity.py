@@ -35,7 +35,7 @@ from mskip.exporters.parity import (
 )
 from mskip.exporters.runner import Floats, Ints, Runner, State
 from mskip.exporters.torch_runner import TorchRunner
-from mskip.exporters.tracing import ATTENTION, SCORE
+from mskip.exporters.tracing import SCORE, SUBLAYER
 
 if TYPE_CHECKING:
     from conftest import Exported
@@ -260,7 +260,7 @@ def write_profile(path: Path, *nodes: tuple[str, str]) -> Path:
     return path
 
 
-def test_a_profile_is_counted(tmp_path: Path) -> None:
+def test_a_profile_is_counted(exported: Exported, tmp_path: Path) -> None:
     profile = write_profile(
         tmp_path / "profile.json",
         ("layers.1.attention/MatMul.7", "MatMul"),
@@ -270,9 +270,13 @@ def test_a_profile_is_counted(tmp_path: Path) -> None:
         ("if.layers.1.attention", "If"),
         ("node_softmax", "Softmax"),
     )
-    assert branch_nodes(profile, [1]) == (2, 2)
-    assert branch_nodes(profile, [1, 11]) == (3, 2)
-    assert branch_nodes(profile, [2]) == (0, 2)
+    for layers, inside in (([1], 2), ([1, 11], 3), ([2], 0)):
+        assert branch_nodes(profile, replace(exported.contract, routed_layers=layers)) == (
+            inside,
+            2,
+        )
+    mlp = replace(exported.contract, routed_layers=[1], granularity="mlp")
+    assert branch_nodes(profile, mlp) == (0, 2)
 
 
 def test_filled_is_real_text_of_the_asked_length() -> None:
@@ -305,8 +309,8 @@ def test_attention_that_always_runs_is_caught(
     )
     for node in builder.placeholders(SCORE):
         builder.conditional_score(node)
-    for node in builder.placeholders(ATTENTION):
-        builder.inline_attention(node)
+    for node in builder.placeholders(SUBLAYER):
+        builder.inline_sublayer(node)
     graph = builder.finish(exported.contract)
     if renamed:
         for number, node in enumerate(graph.graph):

@@ -1,0 +1,709 @@
+"""The paper's tasks on tiny files: prompts, scores, faults, and a run's methods side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from mskip.compressor.artifact import Run
+from mskip.compressor.errors import ArtifactError, DataError, MissingExtraError, MskipError
+from mskip.exporters.answers import AnswerStore
+from mskip.exporters.runner import Floats, Ints, Runner, State
+from mskip.exporters.task_files import PAPER, configs, definition, read_rows, task_names
+from mskip.exporters.task_scores import (
+    against,
+    average,
+    check_run,
+    check_tasks,
+    mean_and_error,
+    score_run,
+    score_tasks,
+)
+from mskip.exporters.torch_runner import TorchRunner
+
+if TYPE_CHECKING:
+    from conftest import Exported
+    from transformers import PreTrainedTokenizerBase
+
+    from mskip.compressor.models import BaseModel
+
+pytest.importorskip("lm_eval")
+
+Document = dict[str, Any]
+# Ten words are 60 tokens of the tiny tokenizer, and 25 examples 4,000: positions are rotary.
+LONG = 8192
+SHOTS = {
+    "boolq": 0, "rte": 0, "openbookqa": 0, "piqa": 0, "mmlu": 5, "winogrande": 5, "gsm8k": 5,
+    "hellaswag": 10, "arc_challenge": 25,
+}  # fmt: skip
+METRIC = {
+    "boolq": "acc", "rte": "acc", "openbookqa": "acc_norm", "piqa": "acc_norm", "mmlu": "acc",
+    "winogrande": "acc", "gsm8k": "exact_match", "hellaswag": "acc_norm",
+    "arc_challenge": "acc_norm",
+}  # fmt: skip
+SCORED = {
+    "boolq": 6, "rte": 6, "openbookqa": 6, "piqa": 6, "mmlu": 8, "winogrande": 7, "gsm8k": 4,
+    "hellaswag": 4, "arc_challenge": 3,
+}  # fmt: skip
+SUBJECTS = ["abstract_algebra", "anatomy"]
+WORDS = ["user", "assistant", "system", "the", "answer", "is", "question", "one", "two", "Response"]
+
+
+def made(name: str, rng: random.Random) -> Document:
+    """A random document of a task."""
+
+    def words(low: int, high: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+    choices = [words(1, 6) for _ in range(4)]
+    if name == "boolq":
+        query = f"Passage: {words(5, 9)}\nQuestion: {words(2, 4)}?"
+        return {"query": query, "choices": ["no", "yes"], "gold": rng.randrange(2)}
+    if name == "rte":
+        label = str(rng.randrange(2))
+        return {"premise": words(4, 9), "hypothesis": words(2, 4), "label": label}
+    if name == "gsm8k":
+        return {"question": words(3, 6), "answer": f"{words(2, 3)}\n#### {rng.randrange(2)},700"}
+    if name == "winogrande":
+        options = [words(3, 5) for _ in range(2)]
+        gold = rng.randrange(2)
+        return {"context_options": options, "continuation": words(2, 4), "gold": gold}
+    if name == "mmlu":
+        subject, gold = rng.choice(SUBJECTS), rng.randrange(4)
+        return {"subject": subject, "question": f" {words(3, 6)}", "choices": choices, "gold": gold}
+    choices = choices[: 2 if name == "piqa" else 4]
+    return {"query": words(3, 6), "choices": choices, "gold": rng.randrange(len(choices))}
+
+
+def write(path: Path, documents: Sequence[Document]) -> None:
+    path.write_text("".join(f"{json.dumps(each)}\n" for each in documents), encoding="utf-8")
+
+
+def read(path: Path) -> list[Document]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file a task, and examples for MMLU."""
+    path, rng = tmp_path_factory.mktemp("tasks"), random.Random(0)
+    for name, count in SCORED.items():
+        held_out = SHOTS[name] if name != "mmlu" else 0
+        write(path / f"{name}.jsonl", [made(name, rng) for _ in range(count + held_out)])
+    examples = [{**made("mmlu", rng), "subject": each} for each in SUBJECTS for _ in range(6)]
+    write(path / "mmlu_fewshot.jsonl", examples)
+    return path
+
+
+class Contexts(Runner):
+    """Another runner, with the contexts that it read."""
+
+    def __init__(self, inner: Runner) -> None:
+        self.inner, self.name, self.contract = inner, inner.name, inner.contract
+        self.read: list[list[int]] = []
+
+    def forward(self, *arguments: Any) -> State:
+        """See `Runner.forward`."""
+        return self.inner.forward(*arguments)
+
+    def forward_last(self, input_ids: Ints, mask: Ints, *others: Any) -> State:
+        """See `Runner.forward_last`."""
+        self.read += [ids[real == 1].tolist() for ids, real in zip(input_ids, mask, strict=True)]
+        return self.inner.forward_last(input_ids, mask, *others)
+
+    def kv_bytes(self, state: State) -> int:
+        """See `Runner.kv_bytes`."""
+        return self.inner.kv_bytes(state)
+
+
+class Parrot(Runner):
+    """An engine that says one thing whatever it is asked."""
+
+    name = "parrot"
+
+    def __init__(self, says: list[int], like: Runner) -> None:
+        self.says, self.contract = says, like.contract
+
+    def forward(self, input_ids: Ints, mask: Ints, cache: Any, routing: Ints, tau: Floats) -> State:
+        """See `Runner.forward`."""
+        said = 0 if cache is None else cache + input_ids.shape[1]
+        logits = np.zeros((*input_ids.shape, self.contract.vocabulary), dtype=np.float32)
+        logits[:, :, self.says[said % len(self.says)]] = 1.0
+        scores = np.zeros(routing.shape, dtype=np.float32)
+        return State(logits, np.ones_like(routing), scores, mask, said)
+
+    def kv_bytes(self, state: State) -> int:
+        """See `Runner.kv_bytes`."""
+        return 0
+
+
+@pytest.fixture
+def tokenizer(exported: Exported) -> PreTrainedTokenizerBase:
+    return exported.base.tokenizer
+
+
+def contexts_of(
+    runner: Runner, tokenizer: PreTrainedTokenizerBase, name: str, folder: Path, **options: Any
+) -> tuple[dict[str, Any], list[str]]:
+    """Scores of one task, and the contexts that were read, as text."""
+    watched = Contexts(runner)
+    scores = score_tasks(
+        watched, tokenizer, [name], task_dir=folder, max_length=LONG, **options
+    )["tasks"][name]  # fmt: skip
+    texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in watched.read]
+    return scores, texts
+
+
+# -- scores -----------------------------------------------------------------------------------
+
+
+def log_likelihood(
+    runner: Runner, tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
+) -> tuple[float, int]:
+    """One sequence, the context prefilled and the continuation read; and what was executed."""
+    prompt = tokenizer(context)["input_ids"]
+    rest = tokenizer(context + continuation)["input_ids"][len(prompt) :]
+    state = runner.prefill(np.array([prompt]))
+    following = runner.extend(state, np.array([rest]))
+    logits = np.concatenate([state.logits[0, -1:], following.logits[0, :-1]]).astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return float(logits[np.arange(len(rest)), rest].sum()), int(state.routing.sum())
+
+
+def lettered(document: Document) -> str:
+    lines = [f"{letter}. {text}" for letter, text in zip("ABCD", document["choices"], strict=True)]
+    return "\n".join([document["question"].strip(), *lines, "Answer:"])
+
+
+def mmlu_prompt(document: Document, folder: Path) -> str:
+    subject = document["subject"]
+    shown = [each for each in read(folder / "mmlu_fewshot.jsonl") if each["subject"] == subject]
+    head = (
+        "The following are multiple choice questions (with answers) about "
+        f"{subject.replace('_', ' ')}.\n\n"
+    )
+    examples = [f"{lettered(each)} {'ABCD'[each['gold']]}\n\n" for each in shown[:5]]
+    return head + "".join(examples) + lettered(document)
+
+
+Question = Callable[[Document, Path], tuple[str, list[str], int]]
+QUESTIONS: dict[str, Question] = {
+    "boolq": lambda d, _: (
+        d["query"].replace("Passage: ", "") + "\nAnswer:",
+        ["no", "yes"],
+        d["gold"],
+    ),
+    "rte": lambda d, _: (
+        f"{d['premise']}\nQuestion: {d['hypothesis']} True or False?\nAnswer:",
+        ["True", "False"],
+        int(d["label"]),
+    ),
+    "openbookqa": lambda d, _: (d["query"], d["choices"], d["gold"]),
+    "piqa": lambda d, _: (f"Question: {d['query']}\nAnswer:", d["choices"], d["gold"]),
+    "mmlu": lambda d, folder: (mmlu_prompt(d, folder), list("ABCD"), d["gold"]),
+}
+
+
+@pytest.mark.parametrize("engine", ["torch_runner", "ort_runner"])
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_scores_are_those_of_one_sequence_at_a_time(
+    name: str, engine: str, folder: Path, tokenizer: Any, request: pytest.FixtureRequest
+) -> None:
+    runner: Runner = request.getfixturevalue(engine)
+    documents = read(folder / f"{name}.jsonl")
+    documents.sort(key=lambda each: each.get("subject", ""))
+    right, executed = [], {}
+    for document in documents:
+        prompt, choices, gold = QUESTIONS[name](document, folder)
+        found = [log_likelihood(runner, tokenizer, prompt, f" {choice}") for choice in choices]
+        executed[prompt] = found[0][1]
+        lengths = [len(choice) if METRIC[name] == "acc_norm" else 1 for choice in choices]
+        values = [total / length for (total, _), length in zip(found, lengths, strict=True)]
+        right.append(int(np.argmax(values) == gold))
+    scores = score_tasks(
+        runner, tokenizer, [name], task_dir=folder, max_length=LONG, max_tokens_per_batch=900
+    )
+    task = scores["tasks"][name]
+    assert task["right"] == "".join(map(str, right))
+    assert task["metric"] == METRIC[name]
+    assert task["value"] == pytest.approx(np.mean(right))
+    assert task["stderr"] == pytest.approx(np.std(right, ddof=1) / math.sqrt(len(right)))
+    assert task["documents"] == SCORED[name]
+    expected = sum(executed.values()) / len(executed) / 3
+    assert task["capacity"] == scores["capacity"] == pytest.approx(expected)
+    assert scores["skip_rate"] == pytest.approx(1 - expected)
+    assert 0 < expected < 1
+
+
+def test_scores_of_all_nine(torch_runner: Runner, tokenizer: Any, folder: Path) -> None:
+    scores = score_tasks(
+        torch_runner, tokenizer, PAPER, task_dir=folder, limit=2, routing=[1, 0, 0]
+    )
+    assert list(scores["tasks"]) == list(PAPER) == list(SHOTS)
+    for name, task in scores["tasks"].items():
+        assert (task["shots"], task["metric"]) == (SHOTS[name], METRIC[name])
+        assert task["documents"] == len(task["right"]) == 2
+        assert task["capacity"] == pytest.approx(1 / 3)
+    values = [task["value"] for task in scores["tasks"].values()]
+    assert scores["average"]["value"] == pytest.approx(np.mean(values))
+    assert scores["engine"] == "PyTorch"
+    assert {"mskip", "torch", "transformers", "lm_eval"} <= scores["versions"].keys()
+    json.dumps(scores, allow_nan=False)
+
+
+# -- examples in the prompt -------------------------------------------------------------------
+
+
+def question_and_answer(name: str, document: Document) -> tuple[str, str]:
+    """A document as the prompt asks it, and its right answer."""
+    if name == "winogrande":
+        return document["context_options"][document["gold"]], document["continuation"]
+    if name == "gsm8k":
+        return f"Question: {document['question']}\nAnswer:", document["answer"]
+    answer = document["choices"][document["gold"]]
+    query = document["query"]
+    return query if name == "hellaswag" else f"Question: {query}\nAnswer:", answer
+
+
+@pytest.mark.parametrize("name", ["winogrande", "gsm8k", "hellaswag", "arc_challenge"])
+def test_examples_are_documents_that_are_not_scored(
+    name: str, torch_runner: Runner, tokenizer: Any, folder: Path
+) -> None:
+    documents = read(folder / f"{name}.jsonl")
+    scored, held_out = documents[: SCORED[name]], documents[SCORED[name] :]
+    task, contexts = contexts_of(torch_runner, tokenizer, name, folder, routing=[1, 1, 1])
+    assert task["documents"] == len(scored)
+    asked = {
+        option if name == "winogrande" else question_and_answer(name, document)[0]
+        for document in scored
+        for option in document.get("context_options", [""])
+    }
+    assert len(contexts) == len(asked)
+    shown = {" ".join(question_and_answer(name, document)) for document in held_out}
+    for context in contexts:
+        *examples, question = context.split("\n\n")
+        assert question in asked
+        assert len(examples) == SHOTS[name]
+        assert set(examples) <= shown
+        asked.remove(question)
+
+
+def test_examples_from_a_file_of_their_own(
+    torch_runner: Runner, tokenizer: Any, folder: Path, tmp_path: Path
+) -> None:
+    shutil.copy(folder / "winogrande.jsonl", tmp_path)
+    rng = random.Random(1)
+    examples = [made("winogrande", rng) for _ in range(5)]
+    write(tmp_path / "winogrande_fewshot.jsonl", examples)
+    task, contexts = contexts_of(torch_runner, tokenizer, "winogrande", tmp_path)
+    assert task["documents"] == SCORED["winogrande"] + 5
+    shown = {" ".join(question_and_answer("winogrande", each)) for each in examples}
+    assert all(set(context.split("\n\n")[:-1]) == shown for context in contexts)
+
+
+def test_a_tenth_is_held_out(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    write(tmp_path / "gsm8k.jsonl", [made("gsm8k", rng) for _ in range(83)])
+    (config,) = configs(definition("gsm8k"), tmp_path)
+    splits = config["custom_dataset"]()
+    assert {split: len(rows) for split, rows in splits.items()} == {"test": 75, "examples": 8}
+
+
+def test_the_number_after_the_hashes_is_judged(
+    torch_runner: Runner, tokenizer: Any, folder: Path, tmp_path: Path
+) -> None:
+    documents = read(folder / "gsm8k.jsonl")
+    answers = [f"it is\n#### {number}" for number in ("7", "1,700", "8", "$7")]
+    scored = [{**each, "answer": answer} for each, answer in zip(documents, answers, strict=False)]
+    write(tmp_path / "gsm8k.jsonl", [*scored, *documents[4:]])
+    says = tokenizer(" one is 9\n#### 7\n\nQuestion: #### 8", add_special_tokens=False)["input_ids"]
+    scores = score_tasks(
+        Parrot(says, torch_runner), tokenizer, ["gsm8k"], task_dir=tmp_path, max_length=LONG
+    )
+    assert scores["tasks"]["gsm8k"]["right"] == "1001"
+    assert scores["tasks"]["gsm8k"]["value"] == 0.5
+
+
+# -- which documents --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["openbookqa", "winogrande", "mmlu"])
+def test_a_limit_draws_the_same_documents_with_the_same_examples(
+    name: str, torch_runner: Runner, tokenizer: Any, folder: Path
+) -> None:
+    def read_with(limit: int | None) -> set[str]:
+        task, contexts = contexts_of(torch_runner, tokenizer, name, folder, limit=limit)
+        assert task["documents"] == (limit or SCORED[name])
+        return set(contexts)
+
+    some, more, again = read_with(2), read_with(4), read_with(2)
+    assert some == again
+    assert some < more
+    questions = {context.rsplit("\n\n", 1)[-1] for context in more}
+    assert questions < {context.rsplit("\n\n", 1)[-1] for context in read_with(None)}
+    first = [json.dumps(each) for each in read(folder / f"{name}.jsonl")[:2]]
+    assert not all(any(q.split("\n")[0] in line for line in first) for q in questions)
+
+
+def test_nothing_is_asked_of_the_network_or_printed(
+    torch_runner: Runner,
+    tokenizer: Any,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    seen: list[tuple[str, int, int]] = []
+    score_tasks(
+        torch_runner,
+        tokenizer,
+        ["boolq", "winogrande"],
+        task_dir=folder,
+        max_tokens_per_batch=1,
+        label="torch routed: ",
+        progress=lambda stage, done, total, note="": seen.append((stage, done, total)),
+    )
+    assert [each for each in seen if each[0] == "torch routed: boolq"] == [
+        ("torch routed: boolq", done, 12) for done in range(0, 13, 2)
+    ]
+    assert seen[-1] == ("torch routed: winogrande", 14, 14)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_answers_are_kept(torch_runner: Runner, tokenizer: Any, folder: Path) -> None:
+    store = AnswerStore()
+    tasks = ["boolq", "gsm8k"]
+    first = score_tasks(torch_runner, tokenizer, tasks, task_dir=folder, limit=2, store=store)
+    watched = Contexts(torch_runner)
+    second = score_tasks(watched, tokenizer, tasks, task_dir=folder, limit=2, store=store)
+    assert watched.read == []
+    assert second["tasks"] == first["tasks"]
+    assert second["capacity"] == first["capacity"]
+
+
+@pytest.fixture
+def few_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness's own definitions of three tasks: it takes a while to read all of them."""
+    import lm_eval.tasks
+
+    original, tasks = lm_eval.tasks.TaskManager.__init__, Path(lm_eval.tasks.__file__).parent
+    folders = [tasks / name for name in ("super_glue/boolq", "arc", "winogrande")]
+
+    def some(self: Any, include_defaults: bool) -> None:
+        original(self, include_path=folders if include_defaults else None, include_defaults=False)
+
+    monkeypatch.setattr(lm_eval.tasks.TaskManager, "__init__", some)
+
+
+def as_on_the_hub(name: str, document: Document) -> Document:
+    """A document of a file in the form that the hub has."""
+    if name == "boolq":
+        passage, question = document["query"].removeprefix("Passage: ").split("\nQuestion: ")
+        return {"passage": passage, "question": question.rstrip("?"), "label": document["gold"]}
+    choices = {"text": document["choices"], "label": list("ABCD")}
+    answer = "ABCD"[document["gold"]]
+    return {"question": document["query"], "choices": choices, "answerKey": answer}
+
+
+@pytest.mark.parametrize("name", ["boolq", "arc_challenge"])
+def test_the_hub_and_a_folder_ask_the_same(
+    name: str,
+    torch_runner: Runner,
+    tokenizer: Any,
+    folder: Path,
+    few_definitions: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The harness's own definitions, with the folder's documents in place of the network."""
+    import datasets
+
+    documents = [as_on_the_hub(name, each) for each in read(folder / f"{name}.jsonl")]
+    scored = datasets.Dataset.from_list(documents[: SCORED[name]])
+    examples = datasets.Dataset.from_list(documents[SCORED[name] :] or documents)
+    splits = {"train": examples, "validation": scored, "test": scored}
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: splits)
+    task, contexts = contexts_of(torch_runner, tokenizer, name, folder)
+    watched = Contexts(torch_runner)
+    found = score_tasks(watched, tokenizer, [name], max_length=LONG)["tasks"][name]
+    assert found == task
+    assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in watched.read] == contexts
+    some = score_tasks(torch_runner, tokenizer, [name], limit=2, max_length=LONG)
+    assert some["tasks"][name]["documents"] == 2
+
+
+def test_the_hub_cannot_be_reached(
+    torch_runner: Runner, tokenizer: Any, few_definitions: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def unreachable(**_: Any) -> Any:
+        raise ConnectionError("Couldn't reach 'aps/super_glue' on the Hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match="boolq from the hub: Couldn't reach") as caught:
+        score_tasks(torch_runner, tokenizer, ["boolq"])
+    assert "--task-dir" in caught.value.remedy
+
+
+# -- faults -----------------------------------------------------------------------------------
+
+
+def test_names_of_tasks() -> None:
+    assert task_names("paper") == list(PAPER)
+    assert task_names("rte, boolq,rte") == ["rte", "boolq"]
+    for text in ("bollq", "boolq,nothing", "", ",", "paper,boolq"):
+        with pytest.raises(DataError, match="no task") as caught:
+            task_names(text)
+        assert "winogrande" in caught.value.remedy
+
+
+BAD = {
+    "not JSON": ("{", "not JSON"),
+    "no object": ("[1]", "not a JSON object"),
+    "key": ({"query": "a", "choices": ["b", "c"]}, "lacks the key 'gold'"),
+    "text": ({"query": 1, "choices": ["b", "c"], "gold": 0}, "'query' is not a text"),
+    "one choice": ({"query": "a", "choices": ["b"], "gold": 0}, "'choices' is not a list of texts"),
+    "empty": ({"query": "a", "choices": ["b", ""], "gold": 0}, "none of them empty"),
+    "gold": ({"query": "a", "choices": ["b", "c"], "gold": True}, "'gold' is not a whole number"),
+    "range": ({"query": "a", "choices": ["b", "c"], "gold": 2}, "'gold' is 2: there are 2 choices"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_line_is_named(case: str, tmp_path: Path) -> None:
+    line, reason = BAD[case]
+    good = json.dumps({"query": "a", "choices": ["b", "c"], "gold": 1, "more": {}})
+    bad = line if isinstance(line, str) else json.dumps(line)
+    path = tmp_path / "piqa.jsonl"
+    path.write_text(f"{good}\n\n{bad}\n", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        check_tasks(["piqa"], tmp_path)
+    assert caught.value.message.startswith(f"{path}, line 3: ")
+    assert reason in caught.value.message
+    assert "'query' (a text), 'choices'" in caught.value.remedy
+
+
+def test_labels_that_do_not_fit_fixed_choices(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    write(tmp_path / "rte.jsonl", [{**made("rte", rng), "label": "2"}])
+    with pytest.raises(DataError, match="'label' is 2: there are 2 choices"):
+        read_rows(tmp_path / "rte.jsonl", definition("rte"))
+    write(tmp_path / "mmlu.jsonl", [{**made("mmlu", rng), "choices": ["a", "b", "c"]}])
+    with pytest.raises(DataError, match="'choices' has 3 texts, not 4"):
+        read_rows(tmp_path / "mmlu.jsonl", definition("mmlu"))
+
+
+def test_missing_files_and_examples(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"boolq\.jsonl, which task boolq needs") as caught:
+        check_tasks(["boolq"], tmp_path)
+    assert "'gold' (a whole number from 0)" in caught.value.remedy
+    shutil.copy(folder / "mmlu.jsonl", tmp_path)
+    with pytest.raises(DataError, match=r"mmlu_fewshot\.jsonl, which task mmlu needs"):
+        check_tasks(["mmlu"], tmp_path)
+    write(tmp_path / "mmlu_fewshot.jsonl", read(folder / "mmlu_fewshot.jsonl")[:10])
+    with pytest.raises(DataError, match="holds 4 documents for mmlu_anatomy; it takes 5"):
+        check_tasks(["mmlu"], tmp_path)
+    write(tmp_path / "gsm8k.jsonl", read(folder / "gsm8k.jsonl")[:5])
+    with pytest.raises(DataError, match=r"holds 5 documents; 5 are examples") as caught:
+        check_tasks(["gsm8k"], tmp_path)
+    assert "gsm8k_fewshot.jsonl" in caught.value.remedy
+    (tmp_path / "rte.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="no documents"):
+        check_tasks(["rte"], tmp_path)
+    check_tasks(PAPER, folder)
+
+
+def test_without_lm_eval(
+    torch_runner: Runner, tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("lm_eval", "lm_eval.tasks", "lm_eval.api"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for call in (
+        lambda: score_tasks(torch_runner, tokenizer, ["boolq"], task_dir=folder),
+        lambda: check_tasks(["boolq"], folder),
+    ):
+        with pytest.raises(MissingExtraError, match=r"mskip\[eval\]"):
+            call()
+
+
+# -- figures ----------------------------------------------------------------------------------
+
+
+def test_figures() -> None:
+    found = mean_and_error([1.0, 0.0, 0.0, 1.0])
+    assert found == {"value": 0.5, "stderr": pytest.approx(np.std([1, 0, 0, 1], ddof=1) / 2)}
+    assert mean_and_error([1.0]) == {"value": 1.0, "stderr": None}
+    both = average([{"value": 0.2, "stderr": 0.03}, {"value": 0.6, "stderr": 0.04}])
+    assert both == {"value": pytest.approx(0.4), "stderr": pytest.approx(0.025)}
+    assert average([{"value": 0.2, "stderr": None}])["stderr"] is None
+    one = {"tasks": {"a": {"right": "1100"}, "b": {"right": "01"}}}
+    other = {"tasks": {"a": {"right": "1110"}, "b": {"right": "01"}}}
+    error = np.std([0, 0, -1, 0], ddof=1) / 2 / 2
+    assert against(one, other) == {"value": -0.125, "stderr": pytest.approx(error)}
+
+
+# -- a run ------------------------------------------------------------------------------------
+
+TASKS = ["boolq", "winogrande", "piqa"]
+ORDERS = {"kl": [3, 2, 1], "greedy": [2, 3, 1], "cosine": [1, 2, 3]}
+
+
+@pytest.fixture
+def run(exported: Exported, tmp_path: Path) -> Run:
+    """The exported run, with orders of removal, to be written to."""
+    copy = Run(shutil.copytree(exported.run.path, tmp_path / "run"))
+    tuned = copy.report("tune", "")
+    copy.write_report("tune", {**tuned, "removal_orders": ORDERS})
+    return copy
+
+
+@pytest.fixture(scope="module")
+def plain_base(exported: Exported) -> BaseModel:
+    """The base model once more: the other one may have routers attached."""
+    from mskip.compressor.models import load_base
+
+    return load_base(exported.run.recipe().model)
+
+
+def test_methods_side_by_side(
+    run: Run, plain_base: BaseModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(**options: Any) -> dict[str, Any]:
+        return score_run(run, plain_base, **{"tasks": TASKS, "task_dir": folder, **options})
+
+    report = score()
+    assert report == json.loads((run.reports / "tasks.json").read_text())
+    dense, static, routed = report["rows"]
+    assert [row["method"] for row in report["rows"]] == ["dense", "static", "routed"]
+    assert [row["by"] for row in report["rows"]] == ["torch"] * 3
+    assert dense["capacity"] == 1.0
+    assert static["capacity"] == pytest.approx(2 / 3)  # half of three, rounded up
+    assert 0.0 < routed["capacity"] < 1.0
+    assert "against_dense" not in dense
+    for row in (static, routed):
+        assert row["against_dense"] == against(row, dense)
+        assert [task["right"] for task in row["tasks"].values()] != [
+            task["right"] for task in dense["tasks"].values()
+        ]
+    # Layer 2 goes first by the greedy order.
+    with TorchRunner(plain_base, *loaded(run, plain_base)) as runner:
+        expected = score_tasks(
+            runner,
+            plain_base.tokenizer,
+            TASKS,
+            routing=[1, 0, 1],
+            task_dir=folder,
+            max_length=512,
+            max_tokens_per_batch=8192,
+        )
+    assert static["tasks"] == expected["tasks"]
+
+    onnx = score(engine="onnx", methods=["routed"])
+    assert [(row["by"], row["method"]) for row in onnx["rows"]] == [
+        ("onnx", "routed"),
+        *(("torch", method) for method in ("dense", "static", "routed")),
+    ]
+    assert onnx["rows"][0]["engine"].startswith("onnxruntime")
+    assert onnx["rows"][0]["tasks"] == routed["tasks"]
+    assert onnx["rows"][1:] == report["rows"]
+    assert "attached" not in str(plain_base.model.model.layers[1].self_attn.forward)
+
+    # Everything is answered by now, so no engine is asked.
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("asked again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "prefill", refuse)
+        again = score()
+    times = [row.pop("seconds") for row in [*again["rows"], *onnx["rows"]]]
+    assert len(times) == 8
+    assert again == onnx
+    # Other documents or other tasks are another subject.
+    assert len(score(limit=2, methods=["dense"])["rows"]) == 1
+    assert len(score(tasks=["boolq"], methods=["routed"])["rows"]) == 1
+
+
+def loaded(run: Run, base: BaseModel) -> tuple[Any, Any]:
+    from mskip.compressor.artifact import load_routers
+    from mskip.exporters.contract import read_contract
+
+    return load_routers(run, base), read_contract(run.onnx / "contract.json")
+
+
+def test_an_interrupted_run_keeps_finished_methods(
+    run: Run, plain_base: BaseModel, folder: Path
+) -> None:
+    def stop(stage: str, done: int, total: int, note: str = "") -> None:
+        if stage == "torch static: boolq" and done:
+            raise KeyboardInterrupt
+
+    arguments: dict[str, Any] = {"tasks": ["boolq"], "task_dir": folder}
+    with pytest.raises(KeyboardInterrupt):
+        score_run(run, plain_base, **arguments, progress=stop)
+    saved = json.loads((run.reports / "tasks.json").read_text())
+    assert [row["method"] for row in saved["rows"]] == ["dense"]
+    report = score_run(run, plain_base, **arguments, methods=["static", "routed"])
+    assert [row["method"] for row in report["rows"]] == ["dense", "static", "routed"]
+    assert report["rows"][0] == saved["rows"][0]
+
+
+def test_other_files_or_thresholds_start_anew(
+    run: Run, plain_base: BaseModel, folder: Path, tmp_path: Path
+) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    documents = read(folder / "boolq.jsonl")
+
+    def methods(method: str) -> list[str]:
+        report = score_run(run, plain_base, methods=[method], tasks=["boolq"], task_dir=files)
+        return [row["method"] for row in report["rows"]]
+
+    write(files / "boolq.jsonl", documents)
+    assert methods("dense") == ["dense"]
+    assert methods("routed") == ["dense", "routed"]
+    write(files / "boolq.jsonl", documents[:4])
+    assert methods("routed") == ["routed"]
+    run.write_calibration({**run.calibration(), "tau": [0.0, 0.0, 0.0]})
+    assert methods("dense") == ["dense"]
+    report = score_run(run, plain_base, methods=["routed"], tasks=["boolq"], task_dir=files)
+    dense, routed = report["rows"]
+    assert routed["capacity"] == 1.0
+    assert routed["tasks"] == dense["tasks"]
+    assert routed["against_dense"] == {"value": 0.0, "stderr": 0.0}
+
+
+def test_what_a_run_lacks(run: Run) -> None:
+    check_run(run, "onnx", ["dense", "static", "routed"])
+    for engine, methods, message in (
+        ("tensorrt", ["dense"], "no engine 'tensorrt'"),
+        ("torch", ["dense", "drop"], "no method 'drop'"),
+    ):
+        with pytest.raises(MskipError, match=message):
+            check_run(run, engine, methods)
+    tuned = run.report("tune", "")
+    run.write_report("tune", {**tuned, "removal_orders": {}})
+    with pytest.raises(ArtifactError, match="orders of removal"):
+        check_run(run, "torch", ["static"])
+    check_run(run, "torch", ["dense", "routed"])
+    exported = run.report("export", "")
+    run.write_report("export", {**exported, "router_sha256": "other"})
+    with pytest.raises(ArtifactError, match="other routers"):
+        check_run(run, "onnx", ["routed"])
+    run.forget_reports("export")
+    with pytest.raises(ArtifactError, match="mskip export"):
+        check_run(run, "onnx", ["routed"])
