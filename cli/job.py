@@ -79,13 +79,15 @@ class _Lender:
 def _steps(
     run: Run, recipe: Recipe, lender: _Lender, *, quick: bool, resume: bool
 ) -> dict[str, Callable[[Progress], Any]]:
+    from mskip.compressor.calibrate_step import calibrate_run
+    from mskip.compressor.evaluate_step import evaluate_run
+    from mskip.compressor.goals import Goal
     from mskip.compressor.tune_step import tune_run
-    from mskip.compressor.workflow import calibrate_run, evaluate_run
     from mskip.exporters.onnx_export import export_run
     from mskip.exporters.parity import validate_run
     from mskip.exporters.speed import bench_run
 
-    capacity, per_layer = recipe.routing.capacity, recipe.calibration.per_layer
+    goal, per_layer = Goal("capacity", recipe.routing.capacity), recipe.calibration.per_layer
 
     def bench(progress: Progress) -> Any:
         lender.base = None  # its memory is the engines' now
@@ -95,9 +97,7 @@ def _steps(
 
     return {
         "tune": lambda p: tune_run(run, recipe, lender(p), resume=resume, progress=p),
-        "calibrate": lambda p: calibrate_run(
-            run, lender(p), capacity, per_layer=per_layer, progress=p
-        ),
+        "calibrate": lambda p: calibrate_run(run, lender(p), goal, per_layer=per_layer, progress=p),
         "eval": lambda p: evaluate_run(run, lender(p), progress=p),
         "export": lambda p: export_run(run, lender(p), p),
         "validate": lambda p: validate_run(run, lender(p), p),

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mskip.cli import console
 
@@ -25,6 +25,24 @@ def fetch(spec: ModelSpec) -> None:
 
     if spec.name != EMBEDDED:
         model_folder(spec)
+
+
+def text_config(spec: ModelSpec) -> dict[str, Any]:
+    """``config.json`` of a base model, of the text part where there are several; fetched first.
+
+    Raises:
+        ModelError: the model cannot be had, or its configuration is damaged.
+    """
+    from mskip.compressor.errors import ModelError
+    from mskip.compressor.models import model_folder
+
+    fetch(spec)
+    path = model_folder(spec) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return {**config, **config.get("text_config", {})}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path} is damaged: {error}") from error
 
 
 def load_model(spec: ModelSpec, progress: Progress) -> BaseModel:
@@ -56,6 +74,7 @@ def resolve(
     *,
     model: str | None = None,
     data: str | None = None,
+    method: str | None = None,
     trust_remote_code: bool = False,
     resume: bool = False,
 ) -> tuple[Run, Recipe]:
@@ -67,18 +86,16 @@ def resolve(
         output: run folder.
         model: hub id or folder.
         data: hub id or file.
+        method: routed or static.
         trust_remote_code: run the model's code.
         resume: go on with the run at ``output``, else with the last one.
     """
     from mskip.compressor.artifact import RUNS, Run, open_run
     from mskip.compressor.recipe import load_recipe
 
-    overrides = [*overrides]
-    for key, value in (("model.name", model), ("data.source", data)):
-        if value is not None:
-            # A folder or file stays the same one when later commands run elsewhere.
-            path = Path(value).expanduser()
-            overrides.append(f"{key}={json.dumps(str(path.resolve()) if path.exists() else value)}")
+    overrides = overridden(overrides, model=model, data=data)
+    if method is not None:
+        overrides.append(f"method={json.dumps(method)}")
     if trust_remote_code:
         overrides.append("model.trust_remote_code=true")
     if resume and name is None:
@@ -86,6 +103,19 @@ def resolve(
         return run, load_recipe(str(run.path / "recipe.yaml"), overrides)
     recipe = load_recipe(name or DEFAULT_RECIPE, overrides)
     return Run(output or RUNS / recipe.name), recipe
+
+
+def overridden(
+    overrides: Sequence[str], *, model: str | None = None, data: str | None = None
+) -> list[str]:
+    """Overrides of a recipe with those that ``--model`` and ``--data`` mean."""
+    overrides = [*overrides]
+    for key, value in (("model.name", model), ("data.source", data)):
+        if value is not None:
+            # A folder or file stays the same one when later commands run elsewhere.
+            path = Path(value).expanduser()
+            overrides.append(f"{key}={json.dumps(str(path.resolve()) if path.exists() else value)}")
+    return overrides
 
 
 def is_tuned(run: Run) -> bool:

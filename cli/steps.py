@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +31,12 @@ def tune(
     data: Annotated[
         str | None, typer.Option(metavar="ID|FILE", help="Data: sets data.source.")
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="routed|static", help="Decide per prompt, or remove for good: sets method."
+        ),
+    ] = None,
     overrides: Overrides = None,
     output: Output = None,
     resume: Annotated[
@@ -52,13 +59,14 @@ def tune(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tune routers for a base model; makes a run folder."""
+    """Tune routers for a base model, or remove sublayers for good; makes a run folder."""
     run, resolved = resolve(
         recipe,
         overrides or [],
         output,
         model=model,
         data=data,
+        method=method,
         trust_remote_code=trust_remote_code,
         resume=resume,
     )
@@ -82,12 +90,29 @@ def tune(
         tables.next_step(run.path, f"mskip calibrate --capacity {resolved.routing.capacity:g}")
 
 
-@app.command(rich_help_panel="Steps of a run", epilog="Example: mskip calibrate --capacity 0.5")
+@app.command(
+    rich_help_panel="Steps of a run",
+    epilog="Example: mskip calibrate --capacity 0.5, or: mskip calibrate --max-kl 0.2",
+)
 def calibrate(
     run: RunFolder = None,
     capacity: Annotated[
         float | None,
-        typer.Option(metavar="0..1", help="Share to execute; the recipe's if left out."),
+        typer.Option(metavar="0..1", help="Share to execute; the recipe's without any goal."),
+    ] = None,
+    skip_rate: Annotated[
+        float | None, typer.Option(metavar="0..1", help="Share to skip: 1 - capacity.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(metavar="NATS", help="Skip most within this KL to dense.")
+    ] = None,
+    max_ppl_increase: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Skip most within this rise; 0.05 is 5 per cent."),
+    ] = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Dense time over routed time, by what bench measured."),
     ] = None,
     per_layer: Annotated[
         bool | None,
@@ -99,22 +124,31 @@ def calibrate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find the threshold tau for a capacity."""
+    """Find the threshold tau for one goal: a share, a limit on quality, or a speedup."""
     from mskip.compressor.artifact import open_run
-    from mskip.compressor.errors import RecipeError
+    from mskip.compressor.goals import Goal
 
+    given = {
+        "capacity": capacity,
+        "skip_rate": skip_rate,
+        "max_kl": max_kl,
+        "max_ppl_increase": max_ppl_increase,
+        "speedup": speedup,
+    }
+    goals = [Goal(kind, value) for kind, value in given.items() if value is not None]  # type: ignore[arg-type]
+    if len(goals) > 1:
+        raise typer.BadParameter(f"give one goal, not {' and '.join(map(str, goals))}.")
     opened = open_run(run)
     recipe = opened.recipe()
-    wanted = recipe.routing.capacity if capacity is None else capacity
-    if not 0.0 <= wanted <= 1.0:  # before the model is loaded
-        raise RecipeError(
-            f"capacity {wanted:g} is out of range.", "It is the executed share: 0 <= c <= 1."
-        )
-    from mskip.compressor.workflow import calibrate_run
+    goal = goals[0] if goals else Goal("capacity", recipe.routing.capacity)
+    goal.check()  # before the model is loaded
+    from mskip.compressor.calibrate_step import calibrate_run
 
     each = recipe.calibration.per_layer if per_layer is None else per_layer
     with working(recipe.model) as (base, progress):
-        report = calibrate_run(opened, base, wanted, per_layer=each, progress=progress)
+        report = calibrate_run(
+            opened, base, goal, per_layer=each and goal.is_share, progress=progress
+        )
     console.emit(report, as_json, tables.calibrated)
     if not as_json:
         tables.next_step(opened.path, "mskip export")
@@ -188,6 +222,20 @@ def _counts(text: str | None, option: str) -> list[int] | None:
     return numbers
 
 
+def _shares(text: str | None, option: str) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 <= share <= 1 for share in shares):
+        raise typer.BadParameter(
+            f"{text!r} is no list of shares from 0 to 1, such as 0.25,0.5.", param_hint=option
+        )
+    return shares
+
+
 @app.command(
     rich_help_panel="Steps of a run",
     epilog="Example: mskip bench --batch 1,8 --context 128,512 --repeats 5",
@@ -227,7 +275,9 @@ def bench(
 
 
 @app.command(
-    "eval", rich_help_panel="Steps of a run", epilog="Example: mskip eval --data chats.jsonl"
+    "eval",
+    rich_help_panel="Steps of a run",
+    epilog="Example: mskip eval --tasks paper --task-dir data/eval --limit 100 --engine onnx",
 )
 def evaluate(
     run: RunFolder = None,
@@ -235,18 +285,74 @@ def evaluate(
         str | None,
         typer.Option(metavar="ID|FILE", help="Data; the run's held-out prompts if left out."),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="paper|NAME,...", help="Score tasks by lm-evaluation-harness."),
+    ] = None,
+    task_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="JSONL files of the tasks; the hub if left out."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Documents of each task.")
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="torch|onnx", help="What runs the tasks.")
+    ] = "torch",
+    methods: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Of dense, static, routed.")
+    ] = "dense,static,routed",
     as_json: AsJson = False,
 ) -> None:
-    """Measure quality on held-out text: dense, static and routed side by side."""
+    """Measure quality: KL on held-out text, or with --tasks the scores of benchmark tasks."""
     from mskip.compressor.artifact import open_run
 
     opened = open_run(run)
     opened.calibration()
-    from mskip.compressor.workflow import evaluate_run
+    if tasks is not None:
+        from mskip.cli.tasks import score, scored
+
+        report = score(
+            opened,
+            tasks,
+            engine=engine,
+            methods=methods.split(","),
+            task_dir=task_dir,
+            limit=limit,
+        )
+        console.emit(report, as_json, scored)
+        return
+    from mskip.compressor.evaluate_step import evaluate_run
 
     with working(opened.recipe().model) as (base, progress):
         report = evaluate_run(opened, base, source=data, progress=progress)
     console.emit(report, as_json, tables.evaluated)
+
+
+@app.command(
+    rich_help_panel="Steps of a run", epilog="Example: mskip sweep --capacity 0.25,0.5,0.75"
+)
+def sweep(
+    run: RunFolder = None,
+    capacity: Annotated[
+        str | None,
+        typer.Option(metavar="0..1,...", help="Capacities to try; six from 0.25 if left out."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Trace quality against capacity: dense, static, routed, compensated."""
+    wanted = _shares(capacity, "--capacity")
+    from mskip.compressor.artifact import open_run
+    from mskip.compressor.sweep_step import CAPACITIES, sweep_run
+    from mskip.exporters.report import write_plots
+
+    opened = open_run(run)
+    with working(opened.recipe().model) as (base, progress):
+        report = sweep_run(opened, base, wanted or CAPACITIES, progress)
+    write_plots(opened.path)
+    console.emit(report, as_json, tables.swept)
+    if not as_json:
+        console.say(console.shown(opened.reports / "sweep.png"), whole=True)
 
 
 @app.command(rich_help_panel="Steps of a run", epilog="Example: mskip report")

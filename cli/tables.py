@@ -33,7 +33,17 @@ def next_step(run: Path, command: str) -> None:
 
 
 def tuned(report: dict[str, Any]) -> None:
-    """Capacity by target, and the course of the loss."""
+    """Capacity by target, the course of the loss, and static removal beside it."""
+    if report["method"] == "static":
+        order = report["removal_orders"][report["rule"]]
+        table(
+            f"Order of removal ({report['rule']})",
+            ["first removed first"],
+            [[", ".join(map(str, order))]],
+        )
+        say()
+        say(f"measured on {report['samples']} sequences, {seconds(report['seconds'])}")
+        return
     rows = [
         [
             shares(each["target"]),
@@ -59,6 +69,33 @@ def tuned(report: dict[str, Any]) -> None:
                 WARNED,
             )
 
+    _worth(report["worth"])
+
+
+def _worth(worth: dict[str, Any]) -> None:
+    """Is deciding per prompt worth it?"""
+    if "skipped" in worth:
+        say(f"not compared with static removal: {worth['skipped']}", WARNED)
+        return
+    rows = [
+        [
+            f"static ({worth['rule']})",
+            shares(worth["static_capacity"]),
+            f"{worth['static_kl']:.4f}",
+        ],
+        ["routed", shares(worth["routed_capacity"]), f"{worth['routed_kl']:.4f}"],
+    ]
+    table("Is deciding per prompt worth it?", ["", CAPACITY, ">KL, held-out"], rows)
+    say()
+    low, high = worth["difference_interval"]
+    say(f"routed - static: 95 % {low:+.4f} .. {high:+.4f} nats ({worth['prompts']} prompts)")
+    if worth["better"]:
+        say("Yes: routing is closer to the dense model than removing as much for good.")
+        return
+    removed = ",".join(map(str, worth["removed"]))
+    say("No: removing as much for good is as good, and simpler:", WARNED)
+    say(f"  mskip tune --method static --set static.removed=[{removed}]", whole=True)
+
 
 def calibrated(report: dict[str, Any]) -> None:
     """Capacity, tau, margins, warnings, and the layers."""
@@ -80,6 +117,7 @@ def calibrated(report: dict[str, Any]) -> None:
     layer_bars(report)
     say()
     tau = report["tau"]
+    _goal(report["goal"])
     one = f"tau {tau[0]:.6f} for all layers" if not report["per_layer"] else "tau as in the table"
     say(f"{one}, found in {report['evaluations']} passes over prompts")
     say(
@@ -88,6 +126,21 @@ def calibrated(report: dict[str, Any]) -> None:
     )
     for warning in report["warnings"]:
         say(f"warning: {warning}", WARNED)
+
+
+def _goal(goal: dict[str, Any]) -> None:
+    """What a goal other than a share came to."""
+    if goal["kind"] == "speedup":
+        say(
+            f"goal: {goal['value']:.2f} times as fast as dense; expected {goal['expected']:.2f} in "
+            f"{goal['phase']} {goal['batch']} x {goal['context']} ({goal['engine']})"
+        )
+    elif "held_out" in goal:
+        name = {"max_kl": "KL", "max_ppl_increase": "rise of perplexity"}[goal["kind"]]
+        say(
+            f"goal: {name} at most {goal['value']:g}; calibration {goal['calibration']:.4f}, "
+            f"held-out {goal['held_out']:.4f}"
+        )
 
 
 def layer_bars(calibration: dict[str, Any]) -> None:
@@ -203,6 +256,19 @@ def evaluated(report: dict[str, Any]) -> None:
     if report["routed_over_static"] is not None:
         say(f"KL of routed / best static: {report['routed_over_static']:.3f}")
     say("KL: nats a token from the dense model; lower is closer", DIM)
+
+
+def swept(report: dict[str, Any]) -> None:
+    """KL by method and capacity."""
+    rows = [
+        [name, shares(point["capacity"]), f"{point['kl']:.4f}", f"{point['perplexity']:.3f}"]
+        for name, points in report["series"].items()
+        for point in points
+    ]
+    title = f"Quality against capacity: {report['prompts']} held-out prompts"
+    table(title, ["method", CAPACITY, ">KL", ">perplexity"], rows)
+    say()
+    say(f"dense: KL 0, perplexity {report['dense_perplexity']:.3f}")
 
 
 def summary(reports: dict[str, Any]) -> None:

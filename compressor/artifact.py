@@ -176,7 +176,7 @@ def save_routers(
             "granularity": routers.sublayers.granularity,
             "layers": routers.layers,
             "hidden_size": routers.hidden_size,
-            "compensation_rank": 0 if compensation is None else compensation.rank,
+            "compensation_rank": routers.sublayers.compensation_rank,
             "base_model": {
                 "name": recipe.model.name,
                 "revision": recipe.model.revision,
@@ -270,3 +270,28 @@ def tuned_by(run: Run) -> Method:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path} lacks or mangles the entry {error}.", _TUNE_FIRST) from error
+
+
+def saved_orders(run: Run, layers: list[int]) -> dict[str, list[int]]:
+    """Order of static removal by each rule that tuning measured.
+
+    Args:
+        run: a tuned run.
+        layers: decoder layer index of each routed sublayer.
+
+    Returns:
+        Positions (0..routed-1) by rule, first removed first.
+
+    Raises:
+        ArtifactError: the run is not tuned, or its report is damaged.
+    """
+    saved = run.report("tune", _TUNE_FIRST)
+    try:
+        return {
+            rule: [layers.index(layer) for layer in order]
+            for rule, order in saved["removal_orders"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(
+            f"{run.reports / 'tune.json'} lacks the orders of removal.", "Tune again."
+        ) from error

@@ -140,14 +140,28 @@ def measure_sensitivity(
     return Sensitivity(list(sublayers.layers), divergence, (cosine / positions).tolist())
 
 
+@dataclass(frozen=True)
+class Greedy:
+    """Greedy removal.
+
+    Attributes:
+        order: positions (0..routed-1), all of them, first removed first.
+        costs: what each position's removal added to the KL after those before it, nats per
+            token; of positions that were not reached, a lower bound.
+    """
+
+    order: list[int]
+    costs: list[float]
+
+
 @torch.no_grad()
-def greedy_order(
+def greedy_removal(
     reference: Reference,
     sensitivity: Sensitivity,
     removed: int,
     progress: Progress = silent,
-) -> list[int]:
-    """Order of removal in which each next one raises the KL least, given those before it.
+) -> Greedy:
+    """Remove one after another, each time the one that raises the KL least.
 
     What a removal costs grows with what is gone already, so a cost measured earlier is a
     lower bound of today's: only sublayers whose bound is below the best cost found are
@@ -157,35 +171,33 @@ def greedy_order(
     Args:
         reference: samples of a patched model.
         sensitivity: the costs of removing one sublayer alone.
-        removed: how many to search for; the others follow by their own KL.
+        removed: how many to search for; the others follow by their bounds.
         progress: one unit a removal.
-
-    Returns:
-        Positions (0..routed-1), all of them.
     """
     routed = len(sensitivity.kl)
     device = reference.split.model.device
     order: list[int] = []
     reached = 0.0
-    bounds = dict(enumerate(sensitivity.kl))
+    costs = list(sensitivity.kl)
+    open_ = set(range(routed))
     for step in range(removed):
-        costs: dict[int, float] = {}
-        for candidate in sorted(bounds, key=lambda j: bounds[j]):
-            if costs and bounds[candidate] >= min(costs.values()):
+        best: int | None = None
+        for candidate in sorted(open_, key=lambda j: costs[j]):
+            if best is not None and costs[candidate] >= costs[best]:
                 break
             if step:
                 gone = {*order, candidate}
                 gates = static_gates([j for j in range(routed) if j not in gone], routed)
                 divergence = reference.quality(forced_to(gates.to(device))).kl
-                costs[candidate] = bounds[candidate] = divergence - reached
-            else:
-                costs[candidate] = bounds[candidate]
-        chosen = min(costs, key=lambda j: costs[j])
-        reached += costs[chosen]
-        order.append(chosen)
-        del bounds[chosen]
+                costs[candidate] = divergence - reached
+            if best is None or costs[candidate] < costs[best]:
+                best = candidate
+        assert best is not None
+        reached += costs[best]
+        order.append(best)
+        open_.remove(best)
         progress("greedy removal", step + 1, removed, f"KL {reached:.3f}")
-    return order + [j for j in sensitivity.order_by_kl() if j not in order]
+    return Greedy(order + sorted(open_, key=lambda j: costs[j]), costs)
 
 
 def constant_logits(order: list[int]) -> Tensor:

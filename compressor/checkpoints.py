@@ -1,4 +1,4 @@
-"""Checkpoints of the tuner: routers and optimiser in safetensors, the rest in JSON.
+"""Checkpoints of the tuner: what is trained and the optimiser in safetensors, the rest in JSON.
 
 The Trainer would pickle the optimiser, the scheduler and the random states.
 Here the order of the samples and the gate noise depend on seeds and the step
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-_ROUTERS = "routers.safetensors"
+_TRAINED = "trained.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _PROGRESS = "progress.json"
 _STATE = "trainer_state.json"
@@ -83,9 +83,10 @@ class CheckpointMixin(_Base):
         folder = Path(str(output_dir or self.args.output_dir))
         # A folder of the same step was cut short, or it would not be written again.
         shutil.rmtree(folder, ignore_errors=True)
-        routers = self.accelerator.unwrap_model(self.model).routers
-        with whole_file(folder / _ROUTERS) as path:
-            safetensors.torch.save_file(routers.state_dict(), path)
+        # Routers, and the compensation where it is trained.
+        state = self.accelerator.unwrap_model(self.model).state_dict()
+        with whole_file(folder / _TRAINED) as path:
+            safetensors.torch.save_file(state, path)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.args.should_save:
@@ -117,8 +118,8 @@ class CheckpointMixin(_Base):
         """Nothing depends on a random state."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        routers = self.accelerator.unwrap_model(self.model).routers
-        routers.load_state_dict(_load(Path(resume_from_checkpoint) / _ROUTERS))
+        objective = self.accelerator.unwrap_model(self.model)
+        objective.load_state_dict(_load(Path(resume_from_checkpoint) / _TRAINED))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

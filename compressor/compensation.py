@@ -11,6 +11,23 @@ import torch
 from torch import Tensor, nn
 
 
+def low_rank_map(hidden: Tensor, down: Tensor, up: Tensor | None, bias: Tensor) -> Tensor:
+    """``hidden @ down @ up + bias`` in the dtype of ``hidden``.
+
+    Args:
+        hidden: [..., hidden], any float dtype.
+        down: [hidden, rank].
+        up: [rank, hidden]; None at full rank, where ``down`` is the whole map.
+        bias: [hidden].
+    """
+    dtype = hidden.dtype
+    output = hidden @ down.to(dtype)
+    if up is not None:
+        output = output @ up.to(dtype)
+    # Autocast gives its own dtype, and the residual stream keeps its.
+    return output.to(dtype) + bias.to(dtype)
+
+
 class Compensation(nn.Module):
     """One affine map hidden -> hidden a routed sublayer.
 
@@ -55,11 +72,13 @@ class Compensation(nn.Module):
         Returns:
             [..., hidden], in the dtype of ``hidden``.
         """
-        dtype = hidden.dtype
-        output = hidden @ self.down[index].to(dtype)
-        if self.up is not None:
-            output = output @ self.up[index].to(dtype)
-        return output.to(dtype) + self.bias[index].to(dtype)
+        parts = self.parts(index)
+        return low_rank_map(hidden, parts["down"], parts.get("up"), parts["bias"])
+
+    def parts(self, index: int) -> dict[str, Tensor]:
+        """The tensors of one sublayer's map by name: down, up (not at full rank), bias."""
+        up = {} if self.up is None else {"up": self.up[index]}
+        return {"down": self.down[index], **up, "bias": self.bias[index]}
 
     @torch.no_grad()
     def set_map(self, index: int, down: Tensor, up: Tensor | None, bias: Tensor) -> None:

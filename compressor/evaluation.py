@@ -115,22 +115,31 @@ class Reference:
         """Measure the model as routed by ``make_pass(batch)``; None is the dense model."""
         return self.per_sample(make_pass).quality()
 
-    @torch.no_grad()
     def per_sample(self, make_pass: Callable[[Batch], Pass | None]) -> PerSample:
         """The same sample by sample, in the order of this reference's batches."""
-        sums, tokens = [], []
+        kl, sample, loss = self.per_token(make_pass)
+        count = sum(len(part.batch["answer_mask"]) for part in self._parts)
+        sums = torch.zeros(2, count, dtype=torch.float64)
+        sums.index_add_(1, sample, torch.stack([kl, loss]))
+        return PerSample(sums[0], sums[1], torch.bincount(sample, minlength=count))
+
+    @torch.no_grad()
+    def per_token(
+        self, make_pass: Callable[[Batch], Pass | None]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same token by token: KL, number of the sample, cross entropy, [tokens] each."""
+        values, numbers, before = [], [], 0
         for part in self._parts:
             routing = make_pass(part.batch)
             hidden = part.dense
-            if routing is not None:
-                hidden = self.split.finish(part.stem, routing)[part.batch["answer_mask"]]
             mask = part.batch["answer_mask"]
-            sample = mask.nonzero()[:, 0]
-            total = torch.zeros(len(mask), 2, dtype=torch.float64, device=mask.device)
-            sums.append(total.index_add_(0, sample, self._values(hidden, part).double()).cpu())
-            tokens.append(mask.sum(1).cpu())
-        kl, loss = torch.cat(sums).unbind(1)
-        return PerSample(kl, loss, torch.cat(tokens))
+            if routing is not None:
+                hidden = self.split.finish(part.stem, routing)[mask]
+            values.append(self._values(hidden, part).double().cpu())
+            numbers.append(mask.nonzero()[:, 0].cpu() + before)
+            before += len(mask)
+        kl, loss = torch.cat(values).unbind(1)
+        return kl, torch.cat(numbers), loss
 
     def _values(self, hidden: Tensor, part: _Part) -> Tensor:
         """KL and cross entropy of every answer token, [tokens, 2]; one head for both."""

@@ -53,7 +53,9 @@ class RelaxedPass:
 
 
 class RouterObjective(nn.Module):
-    """Loss of one micro-batch; its only registered child is the routers.
+    """Loss of one micro-batch; its registered children are what is trained.
+
+    These are the routers, and the compensation where it is refined.
 
     The backbone is deliberately no submodule: it must not be trained, saved,
     switched to training mode or wrapped for distributed training.
@@ -63,15 +65,26 @@ class RouterObjective(nn.Module):
         routers: the routers.
         spec: the recipe's tuning section.
         samples: the tuning samples, for the store of dense activations.
+        refine: train the compensation too.
     """
 
+    compensation: nn.Module | None
     accepts_loss_kwargs = True
 
     def __init__(
-        self, base: BaseModel, routers: Routers, spec: TuningSpec, samples: list[Sample]
+        self,
+        base: BaseModel,
+        routers: Routers,
+        spec: TuningSpec,
+        samples: list[Sample],
+        *,
+        refine: bool = False,
     ) -> None:
         super().__init__()
         self.routers = routers
+        self.compensation = routers.sublayers.compensation if refine else None
+        if self.compensation is not None:
+            self.compensation.requires_grad_(True)
         self.spec = spec
         split = SplitModel(base.model, routers.layers[0])
         self.__dict__["split"] = split

@@ -48,6 +48,8 @@ class ModelSpec(_Spec):
     name: str = Field(min_length=1, description='Hub id, folder, or "embedded:smollm2-135m".')
     revision: str | None = _key(None, "Branch, tag or commit of the hub; null is its default.")
     dtype: Literal["float32", "bfloat16", "float16"] = _key("float32", "Type of the base weights.")
+    device: str = _key("auto", "Where it runs: cpu, cuda, cuda:1, or auto: a GPU if there is one.")
+    device_map: str | None = _key(None, 'How accelerate spreads it over GPUs, such as "auto".')
     trust_remote_code: bool = _key(False, "Run Python code that comes with the model.")
 
 
@@ -56,7 +58,8 @@ class RoutingSpec(_Spec):
 
     granularity: Granularity = _key("attention", "What a router may skip: block is both.")
     layers: Layers | None = _key(None, "Indices, from 0; null goes by last and exclude_last.")
-    last: Count = _key(16, "Number of routed layers, the last ones before exclude_last; >= 1.")
+    choose: Literal["last", "least_harmful"] = _key("last", "Which ones, where layers is null.")
+    last: Count = _key(16, "Number of routed layers; choose last: those before exclude_last; >= 1.")
     exclude_last: Index = _key(1, "Number of layers at the very end left unrouted; >= 0.")
     capacity: Share = _key(0.5, "Executed share of routed calls, 0..1; skip rate = 1 - capacity.")
 
@@ -67,8 +70,15 @@ class RoutingSpec(_Spec):
             raise ValueError("Input should have no repeats")
         return layers
 
+    def candidates(self, num_layers: int) -> list[int]:
+        """Layers that ``choose: least_harmful`` chooses from: all but ``exclude_last``."""
+        return list(range(max(0, num_layers - self.exclude_last)))
+
     def routed_layers(self, num_layers: int) -> list[int]:
         """Ascending indices of the routed layers in a model of ``num_layers`` decoder layers.
+
+        With ``choose: least_harmful`` they are known after measuring only; then these are as
+        many.
 
         Raises:
             RecipeError: `layers`, or `last` with `exclude_last`, does not fit; names the key.
@@ -86,6 +96,7 @@ class StaticSpec(_Spec):
     """Removal for good: the yardstick of routing, and the artefact of ``method: static``."""
 
     rule: Literal["cosine", "kl", "greedy"] = _key("greedy", "What decides which sublayers go.")
+    removed: Layers | None = _key(None, "Indices that go, from 0; null goes by rule.")
 
 
 class CompensationSpec(_Spec):
@@ -97,6 +108,7 @@ class CompensationSpec(_Spec):
     rank: Index | Literal["full"] = _key(0, "Rank of the maps; 0 adds nothing; >= 0 or full.")
     ridge: NonNeg = _key(0.01, "Ridge penalty, in mean variances of the input; >= 0.")
     refine: bool = _key(False, "Train the maps together with the routers.")
+    learning_rate: Positive = _key(1e-3, "Highest learning rate of refined maps; > 0.")
 
 
 class RouterSpec(_Spec):
@@ -104,7 +116,9 @@ class RouterSpec(_Spec):
 
     bias: bool = _key(True, "Give the linear map a bias.")
     normalize: bool = _key(True, "Standardise the pooled input; folded into weight and bias.")
-    init: Literal["zeros", "sensitivity"] = _key("sensitivity", "All 0, or by effect of skipping.")
+    init: Literal["zeros", "sensitivity", "greedy"] = _key(
+        "greedy", "All 0, by effect of skipping alone, or by that after earlier removals."
+    )
     init_scale: NonNeg = _key(1.5, "Standard deviation of the first logits; >= 0.")
     sensitivity_prompts: Count = _key(24, "Prompts on which sensitivity is measured; >= 1.")
 
@@ -138,6 +152,7 @@ class TuningSpec(_Spec):
     weight_decay: NonNeg = _key(0.0, "Weight decay of AdamW; >= 0.")
     max_grad_norm: Positive = _key(1.0, "Norm to which gradients are clipped; > 0.")
     max_length: Count = _key(512, "Longest sequence, in tokens; >= 1.")
+    gradient_checkpointing: bool = _key(False, "Compute layers twice rather than keep them.")
     bf16: Literal["auto", True, False] = _key(
         "auto", "bfloat16 autocast; auto: where it is native."
     )
@@ -266,16 +281,25 @@ def _parse(text: str | bytes, where: str) -> Any:
         raise RecipeError(f"{where}: YAML error{line}: {problem}.") from error
 
 
-def _read(name_or_path: str) -> Any:
+def read_yaml(name_or_path: str, shipped: Sequence[str]) -> Any:
+    """The value of a YAML file, or of a shipped one.
+
+    Args:
+        name_or_path: a name, which may begin with a folder of the shipped ones, or a file.
+        shipped: names that go before files.
+
+    Raises:
+        RecipeError: unreadable file or YAML.
+    """
     try:
-        if name_or_path in shipped_recipes():
+        if name_or_path.removeprefix("paper/") in shipped:
             text = (resources.files("mskip.recipes") / f"{name_or_path}.yaml").read_bytes()
         else:
             text = Path(name_or_path).read_bytes()
     except OSError as error:
         raise RecipeError(
             f"cannot read recipe '{name_or_path}': {error.strerror}.",
-            f"Give a YAML file, or a shipped recipe: {', '.join(shipped_recipes())}.",
+            f"Give a YAML file, or a shipped recipe: {', '.join(shipped)}.",
         ) from error
     return _parse(text, f"recipe '{name_or_path}'")
 
@@ -326,7 +350,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: unreadable file or YAML; or, one a line, all wrong keys, values, overrides.
     """
-    tree = _read(name_or_path)
+    tree = read_yaml(name_or_path, shipped_recipes())
     if not isinstance(tree, dict):
         raise RecipeError(f"recipe '{name_or_path}': the top level is not a mapping of keys")
     faults: list[str] = []

@@ -12,16 +12,15 @@ import math
 import torch
 from torch import Tensor
 
-from mskip.compressor.baselines import Sensitivity
 from mskip.compressor.recipe import RouterSpec
 from mskip.compressor.router import Routers
 
 
-def sensitivity_logits(kl: list[float], target: float, scale: float) -> Tensor:
-    """First logit of each routed sublayer: its log sensitivity against the threshold's.
+def cost_logits(kl: list[float], target: float, scale: float) -> Tensor:
+    """First logit of each routed sublayer: the log of its cost against the threshold's.
 
     Args:
-        kl: KL to the dense model with that sublayer skipped, nats.
+        kl: what skipping that sublayer adds to the KL to the dense model, nats.
         target: wanted capacity; that share of the logits is positive.
         scale: standard deviation of the logits.
 
@@ -44,20 +43,19 @@ def threshold(kl: list[float], target: float) -> float:
     return math.sqrt(above * below)
 
 
-def first_price(kl: list[float], target: float) -> float:
+def first_price(costs: list[float], target: float) -> float:
     """Price of capacity at which the threshold layer breaks even, nats per unit of capacity.
 
-    One sublayer is 1/routed of the capacity. Skipping several costs more than
-    the sum of skipping each; twice the sum is what the demo model shows.
+    Args:
+        costs: KL that each sublayer's removal adds, in the company of the others removed.
+        target: wanted capacity; one sublayer is 1/routed of it.
     """
-    if not 0 < target < 1:
-        return 0.0
-    return 2.0 * len(kl) * threshold(kl, target)
+    return len(costs) * threshold(costs, target) if 0 < target < 1 else 0.0
 
 
 @torch.no_grad()
 def initialise(
-    routers: Routers, spec: RouterSpec, inputs: Tensor, sensitivity: Sensitivity, target: float
+    routers: Routers, spec: RouterSpec, inputs: Tensor, costs: dict[str, list[float]], target: float
 ) -> None:
     """Set the routers to the recipe's start, in place.
 
@@ -65,7 +63,7 @@ def initialise(
         routers: fresh routers.
         spec: the recipe's router section.
         inputs: the routers' inputs in the dense model, [samples, routed, hidden].
-        sensitivity: of the routed sublayers.
+        costs: of every routed sublayer's removal, by the name of the start.
         target: wanted capacity.
     """
     if spec.normalize:
@@ -75,7 +73,7 @@ def initialise(
             routers.center.zero_()
     if spec.init == "zeros":
         return
-    logits = sensitivity_logits(sensitivity.kl, target, spec.init_scale)
+    logits = cost_logits(costs[spec.init], target, spec.init_scale)
     if spec.bias:
         routers.bias.copy_(logits)
         return

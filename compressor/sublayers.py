@@ -31,6 +31,11 @@ class Sublayers:
         return len(self.layers)
 
     @property
+    def compensation_rank(self) -> int:
+        """Rank of the maps that stand in for what is skipped; 0 for nothing."""
+        return 0 if self.compensation is None else self.compensation.rank
+
+    @property
     def cached(self) -> list[int]:
         """Decoder layers whose keys and values only executing sequences have."""
         return [] if self.granularity == "mlp" else list(self.layers)

@@ -63,8 +63,10 @@ class RouterTrainer(CheckpointMixin, Trainer):
     def __init__(
         self, objective: RouterObjective, args: TrainingArguments, data: Collator,
         constraint: Constraint, spec: TuningSpec, progress: Progress,
+        refine_rate: float | None = None,
     ) -> None:  # fmt: skip
         self.constraint = constraint
+        self.refine_rate = refine_rate
         self.spec = spec
         self.trace: list[Step] = []
         self.progress = progress
@@ -81,6 +83,21 @@ class RouterTrainer(CheckpointMixin, Trainer):
         )
         # It would print a dict a step into whatever the progress is shown on.
         self.remove_callback(PrinterCallback)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with a learning rate of its own for the compensation, where that is trained."""
+        objective = self.accelerator.unwrap_model(self.model)
+        if self.optimizer is None and objective.compensation is not None:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            routers = [p for p in objective.routers.parameters() if p.requires_grad]
+            self.optimizer = kind(
+                [
+                    {"params": routers, "weight_decay": self.args.weight_decay},
+                    {"params": list(objective.compensation.parameters()), "lr": self.refine_rate},
+                ],
+                **options,
+            )
+        return super().create_optimizer()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedByLength:
         self.sampler = GroupedByLength(

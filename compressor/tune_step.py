@@ -6,9 +6,11 @@ prompt the same decisions, by constant scores in the order of removal.
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +18,10 @@ from torch import Tensor
 
 from mskip.compressor.artifact import Run, save_routers
 from mskip.compressor.baselines import (
+    Greedy,
     Sensitivity,
     constant_logits,
-    greedy_order,
+    greedy_removal,
     kept_count,
     kept_of,
     measure_sensitivity,
@@ -33,7 +36,7 @@ from mskip.compressor.evaluation import Reference
 from mskip.compressor.fitting import fit_compensation
 from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
-from mskip.compressor.recipe import Recipe
+from mskip.compressor.recipe import CompensationSpec, Recipe
 from mskip.compressor.router import Routers
 from mskip.compressor.samples import Samples, run_samples
 from mskip.compressor.skipping import patched
@@ -43,13 +46,22 @@ from mskip.compressor.tuning import tune
 from mskip.compressor.worth import is_dynamic_worth_it
 
 # Reports that describe the run at one tau.
-AFTER_CALIBRATION = ("eval", "export", "validate", "bench")
+AFTER_CALIBRATION = ("eval", "export", "validate", "bench", "tasks")
 
 
-def routed_sublayers(recipe: Recipe, base: BaseModel) -> Sublayers:
-    """What a recipe routes in this model, with an unfitted compensation where it has one."""
+def routed_sublayers(recipe: Recipe, base: BaseModel, layers: list[int] | None = None) -> Sublayers:
+    """What a recipe routes in this model, with an unfitted compensation where it has one.
+
+    Args:
+        recipe: the resolved recipe.
+        base: the base model.
+        layers: the routed layers; None goes by the recipe alone.
+
+    Raises:
+        RecipeError: layers or a rank that the model has not.
+    """
     config = base.model.config.get_text_config()
-    layers = recipe.routing.routed_layers(config.num_hidden_layers)
+    layers = layers or recipe.routing.routed_layers(config.num_hidden_layers)
     rank, hidden = recipe.compensation.rank, int(config.hidden_size)
     compensation = None
     if rank:
@@ -69,37 +81,67 @@ class Measured:
 
     Attributes:
         sensitivity: of every routed sublayer alone.
-        orders: order of removal (positions 0..routed-1) by each rule.
+        greedy: removal one after another.
         inputs: the routers' inputs, [samples, routed, hidden].
         reference: the samples that this was measured on.
     """
 
     sensitivity: Sensitivity
-    orders: dict[str, list[int]]
+    greedy: Greedy
     inputs: Tensor
     reference: Reference
+
+    @property
+    def orders(self) -> dict[str, list[int]]:
+        """Order of removal (positions 0..routed-1) by each rule."""
+        return {
+            "kl": self.sensitivity.order_by_kl(),
+            "cosine": self.sensitivity.order_by_cosine(),
+            "greedy": self.greedy.order,
+        }
+
+    @property
+    def costs(self) -> dict[str, list[float]]:
+        """What skipping each routed sublayer costs, nats, by the name of a router's start."""
+        return {"sensitivity": self.sensitivity.kl, "greedy": self.greedy.costs}
 
 
 def measure(
     base: BaseModel, sublayers: Sublayers, samples: list[Sample], removed: int, progress: Progress
 ) -> Measured:
-    """Measure the routed sublayers; the model must be patched.
+    """Measure the routed sublayers; the model must be patched with them.
 
     Args:
         base: the base model.
-        sublayers: what is routed, without compensation.
+        sublayers: what is routed; a compensation in it stands in for what is skipped.
         samples: a few tuning samples.
         removed: how many sublayers the greedy rule takes out.
         progress: shows every stage.
     """
     reference = Reference(base, sublayers.layers[0], samples, progress=progress)
     sensitivity = measure_sensitivity(reference, sublayers, progress)
-    orders = {
-        "kl": sensitivity.order_by_kl(),
-        "cosine": sensitivity.order_by_cosine(),
-        "greedy": greedy_order(reference, sensitivity, removed, progress),
-    }
-    return Measured(sensitivity, orders, router_inputs(reference), reference)
+    greedy = greedy_removal(reference, sensitivity, removed, progress)
+    return Measured(sensitivity, greedy, router_inputs(reference), reference)
+
+
+def least_harmful(
+    base: BaseModel, recipe: Recipe, samples: list[Sample], progress: Progress
+) -> list[int]:
+    """The layers whose sublayer, skipped alone, moves the model least, ascending.
+
+    Args:
+        base: the base model, not patched.
+        recipe: its routing section says how many, and which layers are left out.
+        samples: a few tuning samples.
+        progress: one unit a candidate.
+    """
+    routing = recipe.routing
+    every = routing.candidates(base.model.config.get_text_config().num_hidden_layers)
+    candidates = Sublayers(every, routing.granularity)
+    with patched(base.model, candidates):
+        reference = Reference(base, every[0], samples, progress=progress)
+        order = measure_sensitivity(reference, candidates, progress).order_by_kl()
+    return sorted(every[index] for index in order[: routing.last])
 
 
 def tune_run(
@@ -118,12 +160,14 @@ def tune_run(
         The report, as saved in ``reports/tune.json``.
 
     Raises:
-        RecipeError: ``resume`` with another recipe than the interrupted one, or a rank that
-            the model has not.
+        RecipeError: ``resume`` with another recipe than the interrupted one, or layers or a
+            rank that the model has not.
         Interrupted: Ctrl-C, after a checkpoint.
     """
     started = time.monotonic()
+    bare = routed_sublayers(recipe.model_copy(update={"compensation": CompensationSpec()}), base)
     sublayers = routed_sublayers(recipe, base)
+    _check_removed(recipe, sublayers.layers)
     if resume and (run.path / "recipe.yaml").is_file() and run.recipe() != recipe:
         raise RecipeError(
             f"the recipe differs from the one that {run.path} was started with.",
@@ -134,17 +178,25 @@ def tune_run(
     run.write_recipe(recipe)
     run.remember()
     samples = run_samples(run, recipe, base, progress)
-    target = recipe.routing.capacity
-    count = kept_count(target, len(sublayers))
-    bare = Sublayers(sublayers.layers, sublayers.granularity)
+    some = samples.tune[: recipe.router.sensitivity_prompts]
+    if recipe.routing.layers is None and recipe.routing.choose == "least_harmful":
+        layers = least_harmful(base, recipe, some, progress)
+        bare = Sublayers(layers, bare.granularity)
+        sublayers = routed_sublayers(recipe, base, layers)
+        _check_removed(recipe, layers)
+    routed, target = len(sublayers), recipe.routing.capacity
+    lowest = min([target, *recipe.tuning.check_targets])
     with patched(base.model, bare):
-        some = samples.tune[: recipe.router.sensitivity_prompts]
-        measured = measure(base, bare, some, len(sublayers) - count, progress)
-    order = measured.orders[recipe.static.rule]
+        dense = measure(base, bare, some, routed - kept_count(lowest, routed), progress)
+    measured, orders = dense, dict(dense.orders)
     if sublayers.compensation is not None:
-        _compensate(base, recipe, sublayers, samples.tune, order, count, progress)
-    make = _static if recipe.method == "static" else _routed
-    routers, details = make(run, recipe, base, sublayers, samples, measured, resume, progress)
+        measured = compensate(base, recipe, sublayers, samples.tune, dense, progress)
+        orders["compensated"] = measured.greedy.order
+    make = _static if recipe.method == "static" else tune_routers
+    work = Work(
+        run.checkpoints, recipe, base, sublayers, samples, measured, orders, resume, progress
+    )
+    routers, details = make(work)
     report = {
         "method": recipe.method,
         "target": target,
@@ -152,12 +204,12 @@ def tune_run(
         "samples": len(samples.tune),
         "sensitivity": {
             "layers": sublayers.layers,
-            "kl": measured.sensitivity.kl,
-            "cosine": measured.sensitivity.cosine,
+            "kl": dense.sensitivity.kl,
+            "cosine": dense.sensitivity.cosine,
+            "compensated_kl": measured.sensitivity.kl if measured is not dense else None,
         },
         "removal_orders": {
-            rule: [sublayers.layers[index] for index in each]
-            for rule, each in measured.orders.items()
+            rule: [sublayers.layers[index] for index in each] for rule, each in work.orders.items()
         },
         **details,
         "seconds": round(time.monotonic() - started, 1),
@@ -165,7 +217,7 @@ def tune_run(
     save_routers(run, routers, base, recipe, recipe.method)
     # Thresholds belong to the routers they were found for, and so does all that follows.
     (run.path / "calibration.json").unlink(missing_ok=True)
-    run.forget_reports(*AFTER_CALIBRATION)
+    run.forget_reports(*AFTER_CALIBRATION, "costs", "sweep")
     run.write_report("tune", report)
     run.write_manifest(
         base_model={"name": recipe.model.name, "sha256": base.sha256},
@@ -175,79 +227,127 @@ def tune_run(
     return report
 
 
-def _compensate(
+@dataclass
+class Work:
+    """What both methods of making routers start from.
+
+    Attributes:
+        checkpoints: folder of the tuner's checkpoints.
+        recipe: the resolved recipe.
+        base: the base model, not patched.
+        sublayers: what is routed.
+        samples: of the run.
+        measured: with the compensation in place, where there is one.
+        orders: order of removal by rule; what tuning learns is added.
+        resume: go on from a checkpoint.
+        progress: shows every stage.
+    """
+
+    checkpoints: Path
+    recipe: Recipe
+    base: BaseModel
+    sublayers: Sublayers
+    samples: Samples
+    measured: Measured
+    orders: dict[str, list[int]]
+    resume: bool
+    progress: Progress
+
+
+def _check_removed(recipe: Recipe, layers: list[int]) -> None:
+    if strange := sorted(set(recipe.static.removed or ()) - set(layers)):
+        raise RecipeError(
+            f"static.removed names layers {strange}, which are not routed.",
+            f"Routed are {layers}; see routing.layers.",
+        )
+
+
+def compensate(
     base: BaseModel,
     recipe: Recipe,
     sublayers: Sublayers,
     samples: list[Sample],
-    order: list[int],
-    count: int,
+    dense: Measured,
     progress: Progress,
-) -> None:
-    gates = static_gates(kept_of(order, count), len(sublayers))
+) -> Measured:
+    """Fit the maps, choose again what to remove with them in place, and fit once more.
+
+    What is cheap to remove changes when something stands in for it, and a fit depends on
+    what is removed below it.
+    """
+    removed = len(sublayers) - kept_count(recipe.routing.capacity, len(sublayers))
     with patched(base.model, sublayers):
         reference = Reference(base, sublayers.layers[0], samples, progress=progress)
-        fit_compensation(reference, sublayers, gates, recipe.compensation.ridge, progress)
+
+        def fit(order: list[int]) -> None:
+            gates = static_gates(kept_of(order, len(order) - removed), len(order))
+            fit_compensation(reference, sublayers, gates, recipe.compensation.ridge, progress)
+
+        fit(dense.greedy.order)
+        some = samples[: recipe.router.sensitivity_prompts]
+        measured = measure(base, sublayers, some, removed, progress)
+        fit(measured.greedy.order)
+    return measured
 
 
-def _static(
-    run: Run,
-    recipe: Recipe,
-    base: BaseModel,
-    sublayers: Sublayers,
-    samples: Samples,
-    measured: Measured,
-    resume: bool,
-    progress: Progress,
-) -> tuple[Routers, dict[str, Any]]:
-    routers = Routers(sublayers, measured.inputs.shape[2])
+def _static(work: Work) -> tuple[Routers, dict[str, Any]]:
+    spec = work.recipe.static
+    # With something in the place of what is removed, another removal is the cheapest.
+    compensated = spec.rule == "greedy" and "compensated" in work.orders
+    rule: str = "compensated" if compensated else spec.rule
+    order = work.orders[rule]
+    if spec.removed is not None:
+        rule = "given"
+        gone = [work.sublayers.layers.index(layer) for layer in spec.removed]
+        order = gone + [index for index in order if index not in gone]
+        work.orders[rule] = order
+    routers = Routers(work.sublayers, work.measured.inputs.shape[2])
     with torch.no_grad():
-        routers.bias.copy_(constant_logits(measured.orders[recipe.static.rule]))
-    return routers.to(base.model.device), {
-        "rule": recipe.static.rule,
+        routers.bias.copy_(constant_logits(order))
+    return routers.to(work.base.model.device), {
+        "rule": rule,
         "trace": [],
         "targets": [],
         "worth": None,
     }
 
 
-def _routed(
-    run: Run,
-    recipe: Recipe,
-    base: BaseModel,
-    sublayers: Sublayers,
-    samples: Samples,
-    measured: Measured,
-    resume: bool,
-    progress: Progress,
-) -> tuple[Routers, dict[str, Any]]:
+def tune_routers(work: Work) -> tuple[Routers, dict[str, Any]]:
+    """Tune routers, and compare them with static removal; the report's own entries with them."""
+    recipe, measured = work.recipe, work.measured
+
     def tuned(target: float, name: str) -> tuple[Routers, list[dict[str, float]]]:
         torch.manual_seed(recipe.tuning.seed)
+        sublayers = work.sublayers
+        if name != "main" and sublayers.compensation is not None:
+            # A check of the constraint must not train the maps that are kept.
+            sublayers = replace(sublayers, compensation=copy.deepcopy(sublayers.compensation))
         routers = Routers(sublayers, measured.inputs.shape[2], bias=recipe.router.bias)
-        routers.to(base.model.device)
-        initialise(routers, recipe.router, measured.inputs, measured.sensitivity, target)
+        routers.to(work.base.model.device)
+        initialise(routers, recipe.router, measured.inputs, measured.costs, target)
         stage = f"tune to capacity {target:g}"
         outcome = tune(
-            base,
+            work.base,
             routers,
-            samples.tune,
+            work.samples.tune,
             recipe.tuning,
             target,
-            run.checkpoints / name,
-            start_price=first_price(measured.sensitivity.kl, target),
-            resume=resume,
-            progress=lambda _, done, total, note="": progress(stage, done, total, note),
+            work.checkpoints / name,
+            refine_rate=recipe.compensation.learning_rate if recipe.compensation.refine else None,
+            start_price=first_price(measured.greedy.costs, target),
+            resume=work.resume,
+            progress=lambda _, done, total, note="": work.progress(stage, done, total, note),
         )
         return outcome.routers, outcome.trace_json()
 
     target = recipe.routing.capacity
     routers, trace = tuned(target, "main")
-    targets = [_reached(base, routers, samples.held_out, target, trace)]
+    targets = [_reached(work.base, routers, work.samples.held_out, target, trace)]
     for other in recipe.tuning.check_targets:
         checked, other_trace = tuned(other, f"target-{other:g}")
-        targets.append(_reached(base, checked, samples.held_out, other, other_trace))
+        targets.append(_reached(work.base, checked, work.samples.held_out, other, other_trace))
     worth = is_dynamic_worth_it(
-        base, routers, samples, target, measured.orders, measured.reference, progress
+        work.base, routers, work.samples, target, work.orders, measured.reference, work.progress
     )
     return routers, {"trace": trace, "targets": targets, "worth": worth}
 

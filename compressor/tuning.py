@@ -117,6 +117,7 @@ def tune(
     target: float,
     checkpoints: Path,
     *,
+    refine_rate: float | None = None,
     start_price: float = 0.0,
     resume: bool = False,
     progress: Progress = silent,
@@ -130,6 +131,7 @@ def tune(
         spec: the recipe's tuning section.
         target: wanted capacity, 0..1.
         checkpoints: folder of the checkpoints.
+        refine_rate: highest learning rate of the compensation, which is then trained too.
         start_price: where the capacity multiplier begins, nats per unit of capacity.
         resume: go on from the newest checkpoint in the folder, if there is one.
         progress: one unit an optimiser step.
@@ -168,7 +170,7 @@ def tune(
     routers.train()
     routers.requires_grad_(True)
     routers.bias.requires_grad_(routers.trains_bias)
-    objective = RouterObjective(base, routers, spec, samples)
+    objective = RouterObjective(base, routers, spec, samples, refine=refine_rate is not None)
     trainer = RouterTrainer(
         objective,
         arguments,
@@ -176,10 +178,11 @@ def tune(
         make_constraint(spec, target, start_price),
         spec,
         progress,
+        refine_rate,
     )
     found = trainer.newest_checkpoint() if resume else None
     if found is not None and trainer.restore_finished(found):
-        return Tuned(routers.eval().requires_grad_(False), trainer.trace)
+        return Tuned(_frozen(routers), trainer.trace)
     with patched(base.model, routers.sublayers), _stop_after_step(trainer) as flag:
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
     if flag["stopped"] and trainer.state.global_step < trainer.state.max_steps:
@@ -188,4 +191,10 @@ def tune(
             "a checkpoint is saved.",
             "Go on with: mskip tune --resume",
         )
-    return Tuned(routers.eval().requires_grad_(False).to(device), trainer.trace)
+    return Tuned(_frozen(routers).to(device), trainer.trace)
+
+
+def _frozen(routers: Routers) -> Routers:
+    if routers.sublayers.compensation is not None:
+        routers.sublayers.compensation.requires_grad_(False)
+    return routers.eval().requires_grad_(False)

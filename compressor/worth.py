@@ -91,7 +91,7 @@ def is_dynamic_worth_it(
         routers: tuned.
         samples: tau comes from the calibration samples, the comparison from the held-out ones.
         capacity: wanted.
-        orders: orders of removal by rule, positions 0..routed-1.
+        orders: orders of removal by rule, positions 0..routed-1; receives ``learned``.
         reference: tuning samples, on which the best order is chosen.
         progress: one unit a measurement.
 
@@ -109,10 +109,8 @@ def is_dynamic_worth_it(
         except UnreachableError as error:
             return {"skipped": str(error).partition("\n")[0]}
         decisions, _ = paths.at(tau)
-        kept = {
-            rule: kept_of(order, kept_count(capacity, routed))
-            for rule, order in {**orders, "learned": learned_order(decisions)}.items()
-        }
+        orders["learned"] = learned_order(decisions)
+        kept = {rule: kept_of(o, kept_count(capacity, routed)) for rule, o in orders.items()}
         chosen = {}
         for done, (rule, positions) in enumerate(kept.items(), 1):
             gates = static_gates(positions, routed).to(device)

@@ -26,7 +26,7 @@ from mskip.compressor.models import BaseModel
 from mskip.compressor.recipe import RouterSpec
 from mskip.compressor.router import Routers
 from mskip.compressor.skipping import patched
-from mskip.compressor.starting import first_price, initialise, sensitivity_logits, threshold
+from mskip.compressor.starting import cost_logits, first_price, initialise, threshold
 
 LAYERS = [1, 2, 4]
 Kl = st.lists(st.floats(1e-6, 10), min_size=1, max_size=20)
@@ -150,7 +150,7 @@ def test_static_gates() -> None:
 def test_the_share_of_positive_logits_is_the_target(
     kl: list[float], target: float, scale: float
 ) -> None:
-    logits = sensitivity_logits(kl, target, scale)
+    logits = cost_logits(kl, target, scale)
     assert logits.dtype == torch.float32
     assert logits.isfinite().all()
     ordered = sorted(kl)
@@ -165,12 +165,12 @@ def test_the_share_of_positive_logits_is_the_target(
 
 @given(kl=Kl)
 def test_equal_sensitivities_give_no_order(kl: list[float]) -> None:
-    assert not sensitivity_logits([kl[0]] * len(kl), 0.5, 1.5).any()
+    assert not cost_logits([kl[0]] * len(kl), 0.5, 1.5).any()
 
 
 def test_sensitivity_of_nothing_is_finite() -> None:
     """A sublayer that changes nothing has KL zero, or less by rounding."""
-    logits = sensitivity_logits([0.0, -1e-9, 0.1, 0.2], 0.5, 1.5)
+    logits = cost_logits([0.0, -1e-9, 0.1, 0.2], 0.5, 1.5)
     assert logits.isfinite().all()
     assert (logits > 0).tolist() == [False, False, True, True]
 
@@ -182,7 +182,7 @@ def test_sensitivity_of_nothing_is_finite() -> None:
 def test_threshold_parts_the_share(target: float, expected: float) -> None:
     kl = [0.1, 0.8, 0.2, 0.4]
     assert threshold(kl, target) == pytest.approx(expected)
-    assert first_price(kl, target) == pytest.approx(2 * 4 * expected)
+    assert first_price(kl, target) == pytest.approx(4 * expected)
 
 
 def test_threshold_at_the_ends() -> None:
@@ -197,8 +197,8 @@ def test_price_scales_with_the_sensitivities(kl: list[float], target: float, fac
     scaled = [value * factor for value in kl]
     assert first_price(scaled, target) == pytest.approx(factor * first_price(kl, target))
     torch.testing.assert_close(
-        sensitivity_logits(scaled, target, 1.5),
-        sensitivity_logits(kl, target, 1.5),
+        cost_logits(scaled, target, 1.5),
+        cost_logits(kl, target, 1.5),
         atol=0.02,
         rtol=0,
     )
@@ -210,9 +210,9 @@ def test_initialise(measured: tuple[Sensitivity, Tensor], bias: bool, normalize:
     """The mean prompt starts with the layer's logit, however a router is made."""
     sensitivity, inputs = measured
     routers = Routers(LAYERS, 32, bias=bias)
-    spec = RouterSpec(bias=bias, normalize=normalize)
-    initialise(routers, spec, inputs, sensitivity, 0.5)
-    expected = sensitivity_logits(sensitivity.kl, 0.5, spec.init_scale)
+    spec = RouterSpec(bias=bias, normalize=normalize, init="sensitivity")
+    initialise(routers, spec, inputs, {"sensitivity": sensitivity.kl}, 0.5)
+    expected = cost_logits(sensitivity.kl, 0.5, spec.init_scale)
     logits = torch.stack(
         [
             routers.logit(index, inputs.mean(0)[index][None, None], torch.ones(1, 1))
@@ -230,6 +230,6 @@ def test_initialise(measured: tuple[Sensitivity, Tensor], bias: bool, normalize:
 
 def test_initialise_zeros(measured: tuple[Sensitivity, Tensor]) -> None:
     routers = Routers(LAYERS, 32)
-    initialise(routers, RouterSpec(init="zeros"), measured[1], measured[0], 0.5)
+    initialise(routers, RouterSpec(init="zeros"), measured[1], {}, 0.5)
     assert not routers.weight.any()
     assert not routers.bias.any()

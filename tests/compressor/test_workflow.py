@@ -14,7 +14,10 @@ import pytest
 import torch
 
 from mskip.compressor.artifact import Run, load_routers, open_run, save_routers
+from mskip.compressor.calibrate_step import calibrate_run
 from mskip.compressor.errors import ArtifactError, RecipeError
+from mskip.compressor.evaluate_step import evaluate_run
+from mskip.compressor.goals import Goal
 from mskip.compressor.models import BaseModel, load_base
 from mskip.compressor.recipe import (
     DataSpec,
@@ -30,7 +33,6 @@ from mskip.compressor.samples import run_samples
 from mskip.compressor.skipping import MindSkip
 from mskip.compressor.tune_step import routed_sublayers, tune_run
 from mskip.compressor.tuning import Interrupted
-from mskip.compressor.workflow import calibrate_run, evaluate_run
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,7 @@ def test_tune_report(tuned: tuple[Path, dict[str, Any]]) -> None:
         "removal_orders", "worth",
     }  # fmt: skip
     assert report["method"] == "routed"
-    assert set(report["removal_orders"]) == {"kl", "cosine", "greedy"}
+    assert set(report["removal_orders"]) == {"kl", "cosine", "greedy", "learned"}
     for order in report["removal_orders"].values():
         assert sorted(order) == [1, 2]
     assert report["target"] == 0.5
@@ -245,11 +247,11 @@ def test_calibrate(
     run: Run, tiny: BaseModel, recipe: Recipe, capacity: float, per_layer: bool
 ) -> None:
     """Every figure is that of ordinary calls of the attached model at the tau reported."""
-    calibration = calibrate_run(run, tiny, capacity, per_layer=per_layer)
+    calibration = calibrate_run(run, tiny, Goal("capacity", capacity), per_layer=per_layer)
     assert json.loads((run.path / "calibration.json").read_text()) == calibration
     assert set(calibration) == {
-        "target", "per_layer", "tau", "capacity", "prompts", "layers", "margins", "warnings",
-        "evaluations",
+        "target", "goal", "per_layer", "tau", "capacity", "prompts", "layers", "margins",
+        "warnings", "evaluations",
     }  # fmt: skip
     assert calibration["target"] == capacity
     assert calibration["per_layer"] == per_layer
@@ -285,13 +287,13 @@ def test_calibrate(
 @pytest.mark.parametrize("capacity", [-0.1, 1.01, float("nan")])
 def test_capacity_out_of_range(run: Run, tiny: BaseModel, capacity: float) -> None:
     with pytest.raises(RecipeError, match="out of range"):
-        calibrate_run(run, tiny, capacity, per_layer=False)
+        calibrate_run(run, tiny, Goal("capacity", capacity), per_layer=False)
     assert not (run.path / "calibration.json").exists()
 
 
 @pytest.mark.parametrize(("capacity", "kind"), [(0.0, "skip"), (1.0, "execute")])
 def test_capacity_at_the_ends(run: Run, tiny: BaseModel, capacity: float, kind: str) -> None:
-    calibration = calibrate_run(run, tiny, capacity, per_layer=False)
+    calibration = calibrate_run(run, tiny, Goal("capacity", capacity), per_layer=False)
     assert calibration["capacity"]["calibration"] == capacity
     if calibration["capacity"]["held_out"] == capacity:
         assert {row["constant"] for row in calibration["layers"]} == {kind}
@@ -313,7 +315,7 @@ def test_constant_gates_are_named(run: Run, tiny: BaseModel, recipe: Recipe) -> 
         routers.bias.copy_(torch.tensor([3.0, -3.0]))
 
     set_routers(run, tiny, recipe, make_constant)
-    calibration = calibrate_run(run, tiny, 0.5, per_layer=False)
+    calibration = calibrate_run(run, tiny, Goal("capacity", 0.5), per_layer=False)
     assert [row["constant"] for row in calibration["layers"]] == ["execute", "skip"]
     skipping, executing = calibration["warnings"]
     assert skipping.startswith("layer 2: every prompt skips")
@@ -323,7 +325,7 @@ def test_constant_gates_are_named(run: Run, tiny: BaseModel, recipe: Recipe) -> 
 
 def test_close_scores_are_named(run: Run, tiny: BaseModel, recipe: Recipe) -> None:
     """Scores nearer to tau than the engine's arithmetic resolves."""
-    calibration = calibrate_run(run, tiny, 0.5, per_layer=False)
+    calibration = calibrate_run(run, tiny, Goal("capacity", 0.5), per_layer=False)
     assert not any("stand closer" in warning for warning in calibration["warnings"])
 
     def flatten(routers: Routers) -> None:
@@ -331,7 +333,7 @@ def test_close_scores_are_named(run: Run, tiny: BaseModel, recipe: Recipe) -> No
         routers.bias.zero_()
 
     set_routers(run, tiny, recipe, flatten)
-    calibration = calibrate_run(run, tiny, 0.5, per_layer=True)
+    calibration = calibrate_run(run, tiny, Goal("capacity", 0.5), per_layer=True)
     warning = calibration["warnings"][-1]
     assert warning.startswith("40 of 40 scores stand closer to tau than float32 resolves (1e-05)")
 
@@ -343,7 +345,7 @@ def test_evaluate(run: Run, tiny: BaseModel) -> None:
     """Dense, static by two rules and routed, side by side on held-out text."""
     with pytest.raises(ArtifactError, match="no calibration"):
         evaluate_run(run, tiny)
-    calibration = calibrate_run(run, tiny, 0.5, per_layer=False)
+    calibration = calibrate_run(run, tiny, Goal("capacity", 0.5), per_layer=False)
     shown: list[str] = []
     report = evaluate_run(
         run, tiny, progress=lambda stage, done, total, note="": shown.append(note)
@@ -351,9 +353,10 @@ def test_evaluate(run: Run, tiny: BaseModel) -> None:
     assert json.loads((run.reports / "eval.json").read_text()) == report
     assert set(report) == {"data", "prompts", "tokens", "rows", "routed_over_static"}
     assert report["prompts"] == 8
-    methods = ["dense", "static (kl)", "static (cosine)", "static (greedy)", "routed"]
+    rules = ("kl", "cosine", "greedy", "learned")
+    methods = ["dense", *(f"static ({rule})" for rule in rules), "routed"]
     assert [row["method"] for row in report["rows"]] == methods
-    dense, by_kl, by_cosine, greedy, routed = report["rows"]
+    dense, by_kl, by_cosine, greedy, learned, routed = report["rows"]
     for row in report["rows"]:
         assert set(row) == {"method", "capacity", "kl", "perplexity", "layers_removed"}
     assert dense["kl"] == pytest.approx(0, abs=1e-6)
@@ -366,7 +369,7 @@ def test_evaluate(run: Run, tiny: BaseModel) -> None:
     assert by_kl["capacity"] == by_cosine["capacity"] == 0.5
     assert routed["capacity"] == pytest.approx(calibration["capacity"]["held_out"])
     assert routed["kl"] > 0
-    best = min(by_kl["kl"], by_cosine["kl"], greedy["kl"])
+    best = min(row["kl"] for row in (by_kl, by_cosine, greedy, learned))
     assert report["routed_over_static"] == pytest.approx(routed["kl"] / best)
     assert [note for note in shown if note in methods] == ["dense", *methods[1:]]
 
@@ -376,13 +379,13 @@ def test_static_baseline_executes_no_less(
     run: Run, tiny: BaseModel, capacity: float, removed: int
 ) -> None:
     """A whole number of layers, rounded in favour of the baseline."""
-    calibrate_run(run, tiny, capacity, per_layer=False)
+    calibrate_run(run, tiny, Goal("capacity", capacity), per_layer=False)
     rows = evaluate_run(run, tiny)["rows"]
-    assert [len(row["layers_removed"]) for row in rows] == [0, *[removed] * 3, 0]
+    assert [len(row["layers_removed"]) for row in rows] == [0, *[removed] * 4, 0]
 
 
 def test_evaluate_on_other_data(run: Run, tiny: BaseModel, tmp_path: Path) -> None:
-    calibrate_run(run, tiny, 0.5, per_layer=False)
+    calibrate_run(run, tiny, Goal("capacity", 0.5), per_layer=False)
     path = tmp_path / "other.jsonl"
     rows = [{"instruction": f"one {n}", "output": "two three"} for n in range(9)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -392,7 +395,7 @@ def test_evaluate_on_other_data(run: Run, tiny: BaseModel, tmp_path: Path) -> No
 
 
 def test_evaluate_without_sensitivity(run: Run, tiny: BaseModel) -> None:
-    calibrate_run(run, tiny, 0.5, per_layer=False)
+    calibrate_run(run, tiny, Goal("capacity", 0.5), per_layer=False)
     run.write_report("tune", {})
     with pytest.raises(ArtifactError, match="lacks the orders of removal"):
         evaluate_run(run, tiny)
@@ -406,4 +409,4 @@ def test_another_base_model_is_refused(
     tiny.tokenizer.save_pretrained(folder)
     other = load_base(ModelSpec(name=str(folder)))
     with pytest.raises(ArtifactError, match="hash"):
-        calibrate_run(run, other, 0.5, per_layer=False)
+        calibrate_run(run, other, Goal("capacity", 0.5), per_layer=False)

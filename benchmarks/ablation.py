@@ -1,0 +1,174 @@
+"""What in the tuner helps: variants of a recipe, several seeds, one table.
+
+    python benchmarks/ablation.py --data alpaca.json --output results/ablation.json
+
+Every seed draws its own tuning, calibration and held-out prompts; all variants of a seed share
+them, and what is measured on the dense model. KL is on held-out answers at the capacity that
+calibration reached, next to the best static removal (chosen on tuning prompts) of as many
+sublayers. Finished variants are kept in the output, so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from mskip.compressor.artifact import versions
+from mskip.compressor.baselines import forced_to, kept_count, kept_of, static_gates
+from mskip.compressor.data import split_samples
+from mskip.compressor.evaluation import Reference
+from mskip.compressor.files import write_json
+from mskip.compressor.models import load_base
+from mskip.compressor.recipe import Recipe, load_recipe
+from mskip.compressor.samples import Samples, read_samples
+from mskip.compressor.skipping import patched
+from mskip.compressor.tune_step import (
+    Measured,
+    Work,
+    compensate,
+    measure,
+    routed_sublayers,
+    tune_routers,
+)
+from mskip.exporters.speed import machine
+
+VARIANTS: dict[str, list[str]] = {
+    "default": [],
+    "start by single sensitivity": ["router.init=sensitivity"],
+    "start from zeros": ["router.init=zeros"],
+    "no gate noise": ["tuning.relaxation=straight_through"],
+    "raw mean, not standardised": ["router.normalize=false"],
+    "next-token loss": ["tuning.loss=lm"],
+    "hinge of the paper": ["tuning.constraint=hinge", "tuning.hinge_weight=1.0"],
+    "rank 16": ["compensation.rank=16"],
+    "rank 64": ["compensation.rank=64"],
+    "rank full": ["compensation.rank=full"],
+    "rank 64, refined": ["compensation.rank=64", "compensation.refine=true"],
+}
+
+
+def one(
+    recipe: Recipe, base: Any, samples: Samples, dense: Measured, folder: Path
+) -> dict[str, Any]:
+    """Tune one variant and compare it with static removal."""
+    started = time.monotonic()
+    sublayers = routed_sublayers(recipe, base)
+    measured, orders = dense, dict(dense.orders)
+    closed = None
+    if sublayers.compensation is not None:
+        measured = compensate(base, recipe, sublayers, samples.tune, dense, lambda *_: None)
+        orders["compensated"] = measured.greedy.order
+        with patched(base.model, sublayers):
+            reference = Reference(base, sublayers.layers[0], samples.held_out)
+            kept = kept_of(
+                orders["compensated"], kept_count(recipe.routing.capacity, len(sublayers))
+            )
+            closed = reference.quality(forced_to(static_gates(kept, len(sublayers)))).kl
+    work = Work(folder, recipe, base, sublayers, samples, measured, orders, False, lambda *_: None)
+    _, details = tune_routers(work)
+    worth = details["worth"]
+    return {
+        "reached_before_calibration": details["targets"][0]["capacity"],
+        "closed_form_static_kl": closed,
+        **{key: worth.get(key) for key in (
+            "routed_kl", "routed_capacity", "static_kl", "rule", "difference_interval", "skipped",
+        )},
+        "seconds": time.monotonic() - started,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--recipe", default="smollm2-135m")
+    parser.add_argument("--data", required=True, help="local file or data set")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--held-out", type=int, default=64)
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    arguments = parser.parse_args()
+    held = arguments.held_out
+    common = [
+        f"data.source={arguments.data}", "tuning.max_length=224", "tuning.epochs=4",
+        "tuning.check_targets=[]", "router.sensitivity_prompts=16",
+        f"data.calibration={held}", f"data.held_out={held}", *arguments.overrides,
+    ]  # fmt: skip
+    first = load_recipe(arguments.recipe, common)
+    base = load_base(first.model)
+    saved: dict[str, Any] = {"results": {}}
+    if arguments.output.exists():
+        saved = json.loads(arguments.output.read_text())
+    every = read_samples(
+        first.data.source, first, base, (arguments.samples + 2 * held) * arguments.seeds
+    )
+    for seed in range(arguments.seeds):
+        size = arguments.samples + 2 * held
+        samples = Samples(*split_samples(every[seed * size : (seed + 1) * size], held, held, seed))
+        dense: Measured | None = None
+        for name in arguments.variants:
+            key = f"{name}/{seed}"
+            if key in saved["results"]:
+                continue
+            recipe = load_recipe(
+                arguments.recipe, [*common, f"tuning.seed={seed}", *VARIANTS[name]]
+            )
+            bare = routed_sublayers(first, base)
+            if dense is None:
+                removed = len(bare) - kept_count(first.routing.capacity, len(bare))
+                with patched(base.model, bare):
+                    dense = measure(base, bare, samples.tune[:16], removed, lambda *_: None)
+                    reference = Reference(base, bare.layers[0], samples.held_out)
+                    saved["results"][f"static/{seed}"] = {
+                        rule: reference.quality(
+                            forced_to(
+                                static_gates(kept_of(order, len(order) - removed), len(order))
+                            )
+                        ).kl
+                        for rule, order in dense.orders.items()
+                    }
+            folder = arguments.output.with_suffix(".checkpoints") / key.replace("/", "-")
+            saved["results"][key] = one(recipe, base, samples, dense, folder)
+            saved.update(
+                machine=machine("PyTorch", None), versions=versions(), settings=common,
+                date=datetime.date.today().isoformat(),
+            )  # fmt: skip
+            write_json(arguments.output, saved)
+            print(key, saved["results"][key], flush=True)
+    show(saved["results"], arguments.variants, arguments.seeds)
+
+
+def show(results: dict[str, Any], variants: list[str], seeds: int) -> None:
+    """The table, Markdown."""
+    print("| variant | KL routed | over best static | capacity | before calibration |")
+    print("|---|---|---|---|---|")
+    for name in variants:
+        rows = [results[f"{name}/{seed}"] for seed in range(seeds) if f"{name}/{seed}" in results]
+        rows = [row for row in rows if row.get("routed_kl") is not None]
+        if not rows:
+            print(f"| {name} | no tau reaches the capacity | | | |")
+            continue
+        best = [min(results[f"static/{s}"].values()) for s in range(len(rows))]
+        kl = [row["routed_kl"] for row in rows]
+        ratio = [a / b for a, b in zip(kl, best, strict=True)]
+
+        def cell(values: list[float]) -> str:
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            return f"{statistics.mean(values):.3f} ± {spread:.3f}"
+
+        print(
+            f"| {name} | {cell(kl)} | {cell(ratio)} | {cell([r['routed_capacity'] for r in rows])} "
+            f"| {cell([r['reached_before_calibration'] for r in rows])} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

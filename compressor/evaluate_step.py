@@ -1,0 +1,114 @@
+"""What a calibrated run is worth: dense, static removal and routed on held-out text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mskip.compressor.artifact import Run, load_routers, saved_orders, tuned_by
+from mskip.compressor.baselines import forced_to, kept_count, kept_of, static_gates
+from mskip.compressor.encoding import Sample
+from mskip.compressor.evaluation import Quality, Reference
+from mskip.compressor.models import BaseModel
+from mskip.compressor.progress import Progress, silent
+from mskip.compressor.recipe import Recipe
+from mskip.compressor.routing import EXECUTE
+from mskip.compressor.samples import Samples, read_samples, run_samples
+from mskip.compressor.skipping import patched
+from mskip.compressor.sublayers import Sublayers
+from mskip.compressor.worth import routed_pass
+
+
+def evaluate_run(
+    run: Run, base: BaseModel, *, source: str | None = None, progress: Progress = silent
+) -> dict[str, Any]:
+    """Quality on held-out text: dense, static removal by every rule, routed at the calibrated tau.
+
+    A run with compensation is measured with it, and so is static removal; the ratio is to the
+    best static removal without.
+
+    Args:
+        run: a calibrated run.
+        base: its base model.
+        source: other data to measure on; None takes the run's held-out samples.
+        progress: shows every stage.
+
+    Returns:
+        The report, as saved in ``reports/eval.json``.
+
+    Raises:
+        ArtifactError: the run is not tuned or not calibrated.
+    """
+    recipe = run.recipe()
+    routers = load_routers(run, base).to(base.model.device)
+    tau = torch.tensor(run.calibration()["tau"])
+    orders = saved_orders(run, routers.layers)
+    samples = _evaluation_samples(run, recipe, base, source, progress)
+    sublayers, routed = routers.sublayers, len(routers.layers)
+    first, count = sublayers.layers[0], kept_count(run.calibration()["target"], routed)
+    bare = Sublayers(sublayers.layers, sublayers.granularity)
+    rows: list[dict[str, Any]] = []
+
+    def add(method: str, quality: Quality, capacity: float, removed: list[int]) -> None:
+        rows.append(
+            {
+                "method": method,
+                "capacity": capacity,
+                "kl": quality.kl,
+                "perplexity": quality.perplexity,
+                "layers_removed": removed,
+            }
+        )
+        progress("evaluate", len(rows), expected, method)
+
+    def add_static(suffix: str) -> None:
+        for rule, order in orders.items():
+            kept = kept_of(order, count)
+            gates = static_gates(kept, routed).to(base.model.device)
+            removed = [sublayers.layers[index] for index in range(routed) if index not in kept]
+            quality = reference.quality(forced_to(gates))
+            add(f"static ({rule}){suffix}", quality, count / routed, removed)
+
+    def add_routed(method: str) -> Quality:
+        decided: list[Tensor] = []
+        quality = reference.quality(routed_pass(routers, tau, decided))
+        executed = torch.cat(decided) == EXECUTE
+        add(method, quality, float(executed.float().mean()), [])
+        return quality
+
+    own = "routed" if tuned_by(run) == "routed" else "this run (static)"
+    compensation = sublayers.compensation
+    expected = 2 + len(orders)
+    with patched(base.model, bare):
+        reference = Reference(base, first, samples, progress=progress)
+        dense = reference.quality(lambda _: None)
+        add("dense", dense, 1.0, [])
+        add_static("")
+        best = min(row["kl"] for row in rows[1:])
+        if compensation is None:
+            last = add_routed(own)
+    if compensation is not None:
+        expected += len(orders)
+        with patched(base.model, sublayers):
+            add_static(f" + rank {compensation.rank}")
+            last = add_routed(f"{own} + rank {compensation.rank}")
+    report = {
+        "data": source or recipe.data.source,
+        "prompts": len(samples),
+        "tokens": dense.tokens,
+        "rows": rows,
+        "routed_over_static": last.kl / best if best else None,
+    }
+    run.write_report("eval", report)
+    return report
+
+
+def _evaluation_samples(
+    run: Run, recipe: Recipe, base: BaseModel, source: str | None, progress: Progress
+) -> list[Sample]:
+    if source is None:
+        samples: Samples = run_samples(run, recipe, base, progress)
+        return samples.held_out
+    return read_samples(source, recipe, base, recipe.evaluation.prompts, progress)
