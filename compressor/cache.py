@@ -12,19 +12,32 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from mskip.compressor.routing import EXECUTE, fresh_decisions
 from mskip.compressor.sublayers import Sublayers, as_sublayers
 
 
-class RoutedLayer(DynamicLayer):
+class ExecutingRows(DynamicLayer):
     """Keys and values of one routed attention or block, for the executing rows only.
 
-    ``keys`` and ``values`` are [executing rows, kv heads, seen, head dim]. The
-    length counts the positions the model has seen, whether or not this
+    The length counts the positions the model has seen, whether or not this
     sublayer executed, because masks and positions follow the model.
     """
+
+    def skip(self, positions: int) -> None:
+        """Let ``positions`` pass without keys or values."""
+        raise NotImplementedError
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the given compact rows, in the given order, with repeats."""
+        if self.keys is not None and self.values is not None:
+            self.keys = self.keys.index_select(0, rows)
+            self.values = self.values.index_select(0, rows)
+
+
+class RoutedLayer(ExecutingRows):
+    """Of full attention: ``keys`` and ``values`` are [executing rows, kv heads, seen, head dim]."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -55,11 +68,36 @@ class RoutedLayer(DynamicLayer):
         super().reset()
         self.seen = 0
 
-    def select(self, rows: Tensor) -> None:
-        """Keep the given compact rows, in the given order, with repeats."""
-        if self.keys is not None and self.values is not None:
-            self.keys = self.keys.index_select(0, rows)
-            self.values = self.values.index_select(0, rows)
+
+class RoutedSlidingLayer(ExecutingRows, DynamicSlidingWindowLayer):
+    """Of sliding attention: no more than the last ``sliding_window - 1`` positions are held.
+
+    Args:
+        sliding_window: positions a token attends to, itself included.
+    """
+
+    def skip(self, positions: int) -> None:
+        """Let ``positions`` pass without keys or values."""
+        self.cumulative_length += positions
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last positions; ``tokens_to_remove`` is not positive, as in the base class.
+
+        Raises:
+            RuntimeError: the window has been left, and past positions were not recorded.
+        """
+        if self.keys is not None and len(self.keys):
+            super().crop(tokens_to_remove)
+        else:  # Nobody executes: there is a length and nothing else.
+            DynamicLayer.crop(self, tokens_to_remove)
+            self.cumulative_length = max(0, self.cumulative_length - abs(tokens_to_remove))
+
+
+def _routed(dense: Any) -> ExecutingRows:
+    """The layer that takes the place of a `DynamicCache`'s own."""
+    if isinstance(dense, DynamicSlidingWindowLayer):
+        return RoutedSlidingLayer(dense.sliding_window)
+    return RoutedLayer()
 
 
 class RoutedCache(DynamicCache):
@@ -84,7 +122,7 @@ class RoutedCache(DynamicCache):
         self.decisions = None
         self.scores = None
         for layer in self.sublayers.cached:
-            self.layers[layer] = RoutedLayer()
+            self.layers[layer] = _routed(self.layers[layer])
 
     def open(self, batch: int, device: torch.device, routing: Tensor | None = None) -> None:
         """Give the cache its sequences, if it has none yet.
@@ -115,10 +153,10 @@ class RoutedCache(DynamicCache):
             compact = executing.cumsum(0) - 1
             kept = compact[rows][executing[rows]]
             routed = self.layers[layer]
-            assert isinstance(routed, RoutedLayer)
+            assert isinstance(routed, ExecutingRows)
             routed.select(kept)
         for cached in self.layers:
-            if isinstance(cached, DynamicLayer) and not isinstance(cached, RoutedLayer):
+            if isinstance(cached, DynamicLayer) and not isinstance(cached, ExecutingRows):
                 cached.batch_select_indices(rows)
         self.decisions = self.decisions[rows]
         self.scores = self.scores[rows]

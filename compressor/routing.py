@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from mskip.compressor.router import Routers
+
+if TYPE_CHECKING:
+    from mskip.compressor.token_cache import TokenCall
 
 UNDECIDED = -1
 SKIP = 0
@@ -35,6 +38,7 @@ class Call:
         execute: runs the sublayer for chosen rows, [n, sequence, hidden].
         skip: what it gives where it is skipped, for chosen rows, same shape. Of a block
             both give the new residual stream, else what is added to it.
+        tokens: the same for chosen tokens instead of rows.
     """
 
     def __init__(
@@ -44,12 +48,14 @@ class Call:
         hidden: Callable[[], Tensor],
         execute: Callable[[Rows], Tensor],
         skip: Callable[[Rows], Tensor],
+        tokens: TokenCall,
     ) -> None:
         self.index = index
         self.batch = batch
         self._hidden = hidden
         self.execute = execute
         self.skip = skip
+        self.tokens = tokens
 
     @cached_property
     def hidden(self) -> Tensor:

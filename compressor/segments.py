@@ -6,6 +6,8 @@ without gradients, and serves the teacher, the student and every baseline.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,11 @@ from mskip.compressor.families import Family, family_of
 from mskip.compressor.routing import Pass
 from mskip.compressor.skipping import take_rows
 
+LayerArguments = dict[int, dict[str, Any]]
+"""By decoder layer, what the model hands it beside the hidden state: mask, rotary tables.
+
+Layers of the same kind are handed the same objects."""
+
 
 @dataclass(frozen=True)
 class Stem:
@@ -24,17 +31,27 @@ class Stem:
 
     Attributes:
         hidden: [batch, sequence, hidden], no gradient.
-        arguments: what the model hands every decoder layer (mask, rotary embeddings).
+        arguments: of every layer from there on.
     """
 
     hidden: Tensor
-    arguments: dict[str, Any]
+    arguments: LayerArguments
 
     def rows(self, rows: list[int]) -> Stem:
-        """The stem of some of the sequences."""
+        """The stem of some of the sequences; what layers share is taken once and stays shared."""
         index = torch.tensor(rows, device=self.hidden.device)
         batch = self.hidden.shape[0]
-        arguments = {k: take_rows(v, index, batch) for k, v in self.arguments.items()}
+        taken: dict[int, Any] = {}  # by the identity of what is taken, which this stem keeps alive
+
+        def some(value: Any) -> Any:
+            if id(value) not in taken:
+                taken[id(value)] = take_rows(value, index, batch)
+            return taken[id(value)]
+
+        arguments = {
+            number: {key: some(value) for key, value in given.items()}
+            for number, given in self.arguments.items()
+        }
         return Stem(self.hidden.index_select(0, index), arguments)
 
 
@@ -59,49 +76,53 @@ class SplitModel:
     def __init__(self, model: PreTrainedModel, first: int) -> None:
         self.model = model
         self.family: Family = family_of(model)
-        layers = self.family.decoder_layers(model)
-        self._first_layer = layers[first]
-        self._lowest_layer = layers[0]
-        self.upper = list(enumerate(layers))[first:]
+        self._container = model.get_submodule(self.family.layers)
+        self._layers = list(enumerate(self.family.decoder_layers(model)))
+        self.upper = self._layers[first:]
         self._norm = model.get_submodule(self.family.final_norm)
         self._head = model.get_submodule(self.family.head)
+        self._cap = self.family.logit_cap_of(model)
 
     @torch.no_grad()
     def stem(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Stem:
         """Run embedding and lower layers; all arguments are [batch, sequence] int64."""
-        return self._until(self._first_layer, input_ids, attention_mask, position_ids)
+        return self._record(self.upper, input_ids, attention_mask, position_ids)
 
     @torch.no_grad()
     def layer_arguments(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
-    ) -> dict[str, Any]:
-        """What the model hands every decoder layer, without running one."""
-        return self._until(self._lowest_layer, input_ids, attention_mask, position_ids).arguments
+    ) -> LayerArguments:
+        """What the model hands the layers of the upper part, without running a layer."""
+        every = self._record(self._layers, input_ids, attention_mask, position_ids).arguments
+        return {number: every[number] for number, _ in self.upper}
 
-    def _until(
-        self, layer: nn.Module, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
+    def _record(
+        self,
+        recorded: list[tuple[int, nn.Module]],
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
     ) -> Stem:
-        found: dict[str, Any] = {}
+        """Run the model up to ``recorded``; those layers only note what they are given."""
+        hidden: list[Tensor] = []
+        arguments: LayerArguments = {}
 
-        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found["hidden"] = args[0] if args else kwargs.pop("hidden_states")
+        def note(number: int, given: Tensor, kwargs: dict[str, Any]) -> None:
+            hidden.append(given)
             # An attached model's own pass is not ours: `finish` is given one, or runs dense.
-            found["arguments"] = {k: v for k, v in kwargs.items() if k != "routing"}
-            raise _StemReached
+            arguments[number] = {k: v for k, v in kwargs.items() if k != "routing"}
+            if number == recorded[-1][0]:
+                raise _StemReached
 
-        hook = layer.register_forward_pre_hook(stop, with_kwargs=True)
-        try:
+        recorders = {number: _Recorder(number, layer, note) for number, layer in recorded}
+        with _in_place(self._container, recorders), suppress(_StemReached):
             self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 use_cache=False,
             )
-        except _StemReached:
-            pass
-        finally:
-            hook.remove()
-        return Stem(found["hidden"], found["arguments"])
+        return Stem(hidden[0], arguments)
 
     def finish(self, stem: Stem, routing: Pass | None = None) -> Tensor:
         """Run the upper layers and the final norm, [batch, sequence, hidden].
@@ -112,13 +133,46 @@ class SplitModel:
                 patched); None runs them all.
         """
         hidden = stem.hidden
-        arguments = stem.arguments if routing is None else {**stem.arguments, "routing": routing}
-        for _, layer in self.upper:
-            hidden = layer(hidden, **arguments)
+        extra = {} if routing is None else {"routing": routing}
+        for number, layer in self.upper:
+            hidden = layer(hidden, **stem.arguments[number], **extra)
         normed: Tensor = self._norm(hidden)
         return normed
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Head over final hidden states, [..., hidden] -> [..., vocabulary]."""
+        """The model's logits from final hidden states, [..., hidden] -> [..., vocabulary]."""
         output: Tensor = self._head(hidden)
+        if self._cap is not None:
+            output = torch.tanh(output / self._cap) * self._cap
         return output
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer, whose hooks therefore see nothing of it."""
+
+    def __init__(
+        self, number: int, layer: nn.Module, note: Callable[[int, Tensor, dict[str, Any]], None]
+    ) -> None:
+        super().__init__()
+        self.number = number
+        self.note = note
+        self.__dict__["layer"] = layer  # not as a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["layer"], name)  # models may ask a layer for its kind
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        hidden: Tensor = args[0] if args else kwargs.pop("hidden_states")
+        self.note(self.number, hidden, kwargs)
+        return hidden
+
+
+@contextmanager
+def _in_place(layers: nn.Module, others: Mapping[int, nn.Module]) -> Iterator[None]:
+    """Put other modules in the places of some decoder layers for the duration of the block."""
+    saved = dict(layers._modules)
+    layers._modules.update({str(number): other for number, other in others.items()})
+    try:
+        yield
+    finally:
+        layers._modules.update(saved)

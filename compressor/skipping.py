@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from mskip.compressor.cache import RoutedCache, RoutedLayer
+from mskip.compressor.cache import ExecutingRows, RoutedCache
 from mskip.compressor.compensation import Compensation
 from mskip.compressor.errors import ModelError
 from mskip.compressor.families import family_of
@@ -35,6 +35,7 @@ from mskip.compressor.routing import (
     fresh_decisions,
 )
 from mskip.compressor.sublayers import Sublayers, as_sublayers
+from mskip.compressor.token_cache import TokenCall
 
 
 def take_rows(value: Any, rows: Tensor, batch: int) -> Any:
@@ -63,7 +64,7 @@ def _note_skip(cache: Any, layer: int, positions: int) -> None:
     """Tell a routed layer's cache that nobody executed these positions."""
     if cache is not None:
         routed_layer = cache.layers[layer]
-        assert isinstance(routed_layer, RoutedLayer)
+        assert isinstance(routed_layer, ExecutingRows)
         routed_layer.skip(positions)
 
 
@@ -76,37 +77,15 @@ def _nothing(hidden: Tensor, index: int, compensation: Compensation | None) -> T
     return torch.zeros_like(hidden) if compensation is None else compensation(index, hidden)
 
 
-def _attention_forward(
-    index: int, layer: int, dense: Callable[..., Any], compensation: Compensation | None
-) -> Callable[..., Any]:
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        routing: Pass | None = kwargs.pop("routing", None)
-        if routing is None:
-            return dense(hidden_states, *args, **kwargs)
-        batch, positions = hidden_states.shape[:2]
+Norm = Callable[[Tensor], Tensor]
 
-        def execute(rows: Rows) -> Tensor:
-            some = kwargs
-            if rows is not None:
-                some = {key: take_rows(value, rows, batch) for key, value in kwargs.items()}
-            output: Tensor = dense(_some(hidden_states, rows), *args, **some)[0]
-            return output
-
-        def skip(rows: Rows) -> Tensor:
-            if rows is None:
-                _note_skip(kwargs.get("past_key_values"), layer, positions)
-            return _nothing(_some(hidden_states, rows), index, compensation)
-
-        return routing(Call(index, batch, lambda: hidden_states, execute, skip)), None
-
-    return forward
-
-
-# The layer hands its MLP the hidden state and nothing else, so the pass goes round it.
+# A layer hands its MLP and its norms the hidden state and nothing else: the pass goes round it.
 _pass_of_layer: ContextVar[Pass | None] = ContextVar("pass of the layer that runs", default=None)
 
 
-def _layer_with_routed_mlp(dense: Callable[..., Any]) -> Callable[..., Any]:
+def _layer_forward(dense: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a layer whose MLP is routed, or whose routed attention has a norm after it."""
+
     def forward(*args: Any, routing: Pass | None = None, **kwargs: Any) -> Any:
         token = _pass_of_layer.set(routing)
         try:
@@ -117,8 +96,59 @@ def _layer_with_routed_mlp(dense: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def _post_norm_forward(dense: Norm) -> Norm:
+    """Of the norm after a routed sublayer, which has applied it where it was executed."""
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        return dense(hidden_states) if _pass_of_layer.get() is None else hidden_states
+
+    return forward
+
+
+def _attention_forward(
+    index: int,
+    layer: int,
+    dense: Callable[..., Any],
+    post_norm: Norm | None,
+    compensation: Compensation | None,
+) -> Callable[..., Any]:
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        routing: Pass | None = kwargs.pop("routing", None)
+        if post_norm is not None:
+            routing = _pass_of_layer.get()
+        if routing is None:
+            return dense(hidden_states, *args, **kwargs)
+        batch, positions = hidden_states.shape[:2]
+
+        def execute(rows: Rows) -> Tensor:
+            some = kwargs
+            if rows is not None:
+                some = {key: take_rows(value, rows, batch) for key, value in kwargs.items()}
+            return run(_some(hidden_states, rows), some)
+
+        def run(hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+            output: Tensor = dense(hidden, *args, **arguments)[0]
+            return output if post_norm is None else post_norm(output)
+
+        def skip(rows: Rows) -> Tensor:
+            if rows is None:
+                _note_skip(kwargs.get("past_key_values"), layer, positions)
+            return _nothing(_some(hidden_states, rows), index, compensation)
+
+        def skip_tokens(gate: Tensor) -> Tensor:
+            return _nothing(hidden_states[gate], index, compensation)
+
+        tokens = TokenCall(hidden_states, run, kwargs, layer, skip_tokens)
+        return routing(Call(index, batch, lambda: hidden_states, execute, skip, tokens)), None
+
+    return forward
+
+
 def _mlp_forward(
-    index: int, dense: Callable[..., Any], compensation: Compensation | None
+    index: int,
+    dense: Callable[..., Any],
+    post_norm: Norm | None,
+    compensation: Compensation | None,
 ) -> Callable[..., Any]:
     def forward(hidden_states: Tensor) -> Any:
         routing = _pass_of_layer.get()
@@ -126,13 +156,21 @@ def _mlp_forward(
             return dense(hidden_states)
 
         def execute(rows: Rows) -> Tensor:
-            output: Tensor = dense(_some(hidden_states, rows))
-            return output
+            return run(_some(hidden_states, rows), {})
+
+        def run(hidden: Tensor, _: dict[str, Any]) -> Tensor:
+            output: Tensor = dense(hidden)
+            return output if post_norm is None else post_norm(output)
 
         def skip(rows: Rows) -> Tensor:
             return _nothing(_some(hidden_states, rows), index, compensation)
 
-        return routing(Call(index, len(hidden_states), lambda: hidden_states, execute, skip))
+        def skip_tokens(gate: Tensor) -> Tensor:
+            return _nothing(hidden_states[gate], index, compensation)
+
+        batch = hidden_states.shape[0]  # `len` would fix it in a trace
+        tokens = TokenCall(hidden_states, run, {}, None, skip_tokens)
+        return routing(Call(index, batch, lambda: hidden_states, execute, skip, tokens))
 
     return forward
 
@@ -154,7 +192,10 @@ def _block_forward(
             some = kwargs
             if rows is not None:
                 some = {key: take_rows(value, rows, batch) for key, value in kwargs.items()}
-            output: Tensor = dense(_some(hidden_states, rows), *args, **some)
+            return run(_some(hidden_states, rows), some)
+
+        def run(hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+            output: Tensor = dense(hidden, *args, **arguments)
             return output
 
         def skip(rows: Rows) -> Tensor:
@@ -165,7 +206,14 @@ def _block_forward(
                 hidden = hidden + compensation(index, _some(call.hidden, rows))
             return hidden
 
-        call = Call(index, batch, lambda: norm(hidden_states), execute, skip)
+        def skip_tokens(gate: Tensor) -> Tensor:
+            hidden = hidden_states[gate]
+            if compensation is not None:
+                hidden = hidden + compensation(index, call.hidden[gate])
+            return hidden
+
+        tokens = TokenCall(hidden_states, run, kwargs, layer, skip_tokens)
+        call = Call(index, batch, lambda: norm(hidden_states), execute, skip, tokens)
         return routing(call)
 
     return forward
@@ -199,15 +247,21 @@ class Patch:
         self._saved: list[tuple[nn.Module, Any]] = []
         for index, layer in enumerate(layers):
             module = family.sublayer_of(model, layer, kind)
+            after = family.post_norm_of(model, layer, kind)
             dense, compensation = module.forward, sublayers.compensation
+            post_norm = None if after is None else after.forward
             if kind == "attention":
-                self._replace(module, _attention_forward(index, layer, dense, compensation))
+                forward = _attention_forward(index, layer, dense, post_norm, compensation)
             elif kind == "mlp":
-                self._replace(module, _mlp_forward(index, dense, compensation))
-                self._replace(blocks[layer], _layer_with_routed_mlp(blocks[layer].forward))
+                forward = _mlp_forward(index, dense, post_norm, compensation)
             else:
                 norm = family.norm_of(model, layer, kind)
-                self._replace(module, _block_forward(index, layer, dense, norm, compensation))
+                forward = _block_forward(index, layer, dense, norm, compensation)
+            self._replace(module, forward)
+            if kind == "mlp" or after is not None:
+                self._replace(blocks[layer], _layer_forward(blocks[layer].forward))
+            if after is not None:
+                self._replace(after, _post_norm_forward(after.forward))
 
     def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self._saved.append((module, module.__dict__.get("forward")))
@@ -235,6 +289,79 @@ def patched(model: PreTrainedModel, sublayers: Sublayers | list[int]) -> Iterato
         yield
     finally:
         patch.restore()
+
+
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name: a mask given by position is a mask all the same."""
+    named = inspect.signature(module.forward).bind_partial(*args).arguments if args else {}
+    return {**named, **kwargs}
+
+
+def real_positions(kwargs: dict[str, Any], mask: Tensor | None = None) -> Tensor:
+    """Which of a call's own positions count, [batch, sequence] bool.
+
+    Args:
+        kwargs: the arguments of the model's call.
+        mask: [batch, sequence] or [batch, past + sequence]; None takes the attention mask.
+
+    Raises:
+        ModelError: the mask is not two-dimensional.
+    """
+    tokens = kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs["inputs_embeds"]
+    batch, positions = tokens.shape[:2]
+    if mask is None:
+        mask = kwargs.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(batch, positions, dtype=torch.bool, device=tokens.device)
+    if mask.ndim != 2:
+        raise ModelError(
+            "a routed model needs the two-dimensional attention mask "
+            "([batch, past + sequence], 1 on real tokens): padding must stay out of the scores."
+        )
+    return mask[:, -positions:].bool()
+
+
+AnyCache = TypeVar("AnyCache", bound=Cache)
+
+
+def cache_of_call(
+    kwargs: dict[str, Any],
+    model: PreTrainedModel,
+    kind: type[AnyCache],
+    empty: Callable[[], AnyCache],
+) -> AnyCache | None:
+    """The cache that a call is to fill; None where it is to fill none.
+
+    `generate` and many callers bring an empty DynamicCache and go on holding that very
+    object, so it is turned into a cache of the right kind rather than replaced.
+
+    Args:
+        kwargs: the arguments of the model's call.
+        model: the model.
+        kind: the right kind.
+        empty: makes one.
+
+    Raises:
+        ModelError: the call brings a cache of another kind, or one that is not empty.
+    """
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = model.config.use_cache
+        return empty() if use_cache else None
+    if isinstance(cache, kind):
+        return cache
+    if type(cache) is not DynamicCache or cache.get_seq_length() > 0 or cache.offloading:
+        raise ModelError(
+            f"this {type(cache).__name__} cannot carry routing decisions.",
+            "Use the cache that the attached model returns, or the cache() of what is attached.",
+        )
+    cache.__class__ = kind  # type: ignore[assignment]
+    cache.__dict__.update(empty().__dict__)
+    return cache  # type: ignore[return-value]
 
 
 def as_tau(tau: float | Tensor | list[float], routed: int) -> Tensor:
@@ -306,41 +433,19 @@ class MindSkip:
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:  # By name from here on: a mask given by position is a mask all the same.
-            named = inspect.signature(module.forward).bind_partial(*args).arguments
-            args, kwargs = (), {**named, **kwargs}
+        kwargs = by_name(module, args, kwargs)
         if "routing" in kwargs:
             # The model would make a cache of its own, which cannot hold skipped rows.
             kwargs.setdefault("use_cache", kwargs.get("past_key_values") is not None)
-            return args, kwargs
-        tokens = kwargs.get("input_ids")
-        if tokens is None:
-            tokens = kwargs["inputs_embeds"]
-        batch, positions = tokens.shape[:2]
-        mask = kwargs.pop("prompt_mask", None)
-        if mask is None:
-            mask = kwargs.get("attention_mask")
-        if mask is None:
-            mask = torch.ones(batch, positions, dtype=torch.bool, device=tokens.device)
-        if mask.ndim != 2:
-            raise ModelError(
-                "a routed model needs the two-dimensional attention mask "
-                "([batch, past + sequence], 1 on real tokens): padding must stay out of the scores."
-            )
-        cache = kwargs.get("past_key_values")
-        if cache is None:
-            use_cache = kwargs.get("use_cache")
-            if use_cache is None:
-                use_cache = self.model.config.use_cache
-            cache = self.cache() if use_cache else None
-        elif not isinstance(cache, RoutedCache):
-            self._adopt(cache)
+            return (), kwargs
+        given = kwargs.pop("prompt_mask", None)
+        prompt_mask = real_positions(kwargs, given)
+        cache = cache_of_call(kwargs, self.model, RoutedCache, self.cache)
         kwargs["past_key_values"] = cache
-        prompt_mask = mask[:, -positions:].bool()
         if cache is None:
             kwargs["routing"] = self.hard_pass(prompt_mask)
         else:
-            cache.open(batch, tokens.device)
+            cache.open(len(prompt_mask), prompt_mask.device)
             assert cache.decisions is not None
             assert cache.scores is not None
             kwargs["routing"] = HardPass(
@@ -352,16 +457,4 @@ class MindSkip:
                     "a sequence's first chunk is all padding: there is nothing to decide from.",
                     "Pad chunks of a long prompt on the right, or give the decisions beforehand.",
                 )
-        return args, kwargs
-
-    def _adopt(self, cache: Cache) -> None:
-        # `generate` and many callers bring an empty DynamicCache and go on holding that
-        # very object, so it is turned into a routed one rather than replaced.
-        if type(cache) is not DynamicCache or cache.get_seq_length() > 0 or cache.offloading:
-            raise ModelError(
-                f"this {type(cache).__name__} cannot carry routing decisions.",
-                "Use the cache that the attached model returns, or MindSkip.cache().",
-            )
-        routed = self.cache()
-        cache.__class__ = RoutedCache
-        cache.__dict__.update(routed.__dict__)
+        return (), kwargs

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -84,27 +85,75 @@ def test_stem_runs_nothing_above_and_has_no_gradient(
     model: LlamaForCausalLM, prompt_batch: Prompts
 ) -> None:
     ran: list[int] = []
+    watched = [*model.model.layers, model.model.norm]
     hooks = [
-        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
-        for index, layer in enumerate(model.model.layers)
+        module.register_forward_hook(lambda *_, index=index: ran.append(index))
+        for index, module in enumerate(watched)
     ]
     model.requires_grad_(True)
+    split, inputs = SplitModel(model, 2), parts(prompt_batch([4, 4]))
     with torch.enable_grad():
-        stem = SplitModel(model, 2).stem(*parts(prompt_batch([4, 4])))
+        stem = split.stem(*inputs)
+        assert ran == [0, 1]
+        split.layer_arguments(*inputs)
+    assert ran == [0, 1]
     for hook in hooks:
         hook.remove()
-    assert ran == [0, 1]
     assert not stem.hidden.requires_grad
 
 
-def test_stem_leaves_no_hook_behind(model: LlamaForCausalLM, prompt_batch: Prompts) -> None:
+def everything(model: LlamaForCausalLM) -> dict[str, dict[str, Any]]:
+    """The `__dict__` of every module, its containers copied."""
+    return {
+        name: {
+            key: dict(value) if isinstance(value, dict) else value
+            for key, value in module.__dict__.items()
+        }
+        for name, module in model.named_modules()
+    }
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "forward patched before"])
+def test_stem_leaves_the_model_as_it_was(
+    tiny_model: Callable[..., LlamaForCausalLM], prompt_batch: Prompts, wrapped: bool
+) -> None:
+    model = tiny_model()
     batch = prompt_batch([4, 4])
-    split = SplitModel(model, 1)
-    split.stem(*parts(batch))
-    with pytest.raises(IndexError):
-        split.stem(torch.full((1, 2), 10_000), torch.ones(1, 2), torch.arange(2).unsqueeze(0))
-    assert not any(layer._forward_pre_hooks for layer in model.model.layers)
+    if wrapped:  # as accelerate's hooks do, below the cut and above it
+        for layer in model.model.layers[1:3]:
+            layer.forward = functools.partial(layer.forward)
+    with MindSkip(model, Routers([2, 3], 32)):
+        before = everything(model)
+        split = SplitModel(model, 2)
+        split.stem(*parts(batch))
+        split.layer_arguments(*parts(batch))
+        assert everything(model) == before
+        with pytest.raises(IndexError):
+            split.stem(torch.full((1, 2), 10_000), torch.ones(1, 2), torch.arange(2)[None])
+        assert everything(model) == before
     assert whole(model, batch).isfinite().all()
+
+
+def test_models_that_ask_their_layers_are_answered(
+    tiny_model: Callable[..., LlamaForCausalLM], prompt_batch: Prompts
+) -> None:
+    """Some look at a layer to know which mask to hand it."""
+
+    class Asking(torch.nn.ModuleList):
+        def __getitem__(self, key: Any) -> Any:
+            chosen = super().__getitem__(key)
+            if isinstance(key, slice):
+                asked.append([layer.self_attn.layer_idx for layer in chosen])
+            return chosen
+
+    asked: list[list[int]] = []
+    model = tiny_model()
+    model.model.layers = Asking(model.model.layers)
+    batch = prompt_batch([4, 3])
+    split = SplitModel(model, 2)
+    stem = split.stem(*parts(batch))
+    assert [0, 1, 2, 3] in asked
+    assert torch.equal(split.logits(split.finish(stem)), whole(model, batch))
 
 
 def test_rows_of_a_stem(model: LlamaForCausalLM, prompt_batch: Prompts) -> None:
@@ -116,13 +165,39 @@ def test_rows_of_a_stem(model: LlamaForCausalLM, prompt_batch: Prompts) -> None:
     torch.testing.assert_close(some, full[[3, 1]], rtol=1e-5, atol=1e-5)
 
 
+def test_what_layers_share_stays_shared(
+    model: LlamaForCausalLM, prompt_batch: Prompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One mask and one pair of rotary tables, however many layers; rows are taken once."""
+    batch = prompt_batch([2, 7, 1, 5])
+    stem = SplitModel(model, 1).stem(*parts(batch))
+    assert list(stem.arguments) == [1, 2, 3]
+    taken: list[torch.Tensor] = []
+    select = torch.Tensor.index_select
+
+    def counted(tensor: torch.Tensor, *args: Any) -> torch.Tensor:
+        taken.append(tensor)
+        return select(tensor, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "index_select", counted)
+        some = stem.rows([3, 1])
+    assert len(taken) == len({id(tensor) for tensor in taken})
+    assert any(tensor is stem.hidden for tensor in taken)
+    for each in (stem.arguments, some.arguments):
+        assert each[1]["attention_mask"] is each[2]["attention_mask"] is each[3]["attention_mask"]
+        assert each[1]["position_embeddings"] is each[3]["position_embeddings"]
+    assert some.arguments[1]["attention_mask"].shape[0] == 2
+
+
 def test_layer_arguments_are_those_of_the_stem(
     model: LlamaForCausalLM, prompt_batch: Prompts
 ) -> None:
     batch = prompt_batch([2, 7, 1, 5])
     split = SplitModel(model, 2)
     stem, arguments = split.stem(*parts(batch)), split.layer_arguments(*parts(batch))
-    assert arguments.keys() == stem.arguments.keys()
+    assert arguments.keys() == stem.arguments.keys() == {2, 3}
+    assert all(arguments[layer].keys() == stem.arguments[layer].keys() for layer in arguments)
     again = type(stem)(stem.hidden, arguments)
     assert torch.equal(split.finish(again), split.finish(stem))
 
