@@ -60,13 +60,13 @@ def show_plan(plan: dict[str, Any]) -> None:
 
 def _config(spec: ModelSpec) -> dict[str, Any] | None:
     """Of the text model, where a supported model's folder is at hand."""
+    from mskip.compressor.embedded import PREFIX, converted_folder
     from mskip.compressor.errors import ModelError
     from mskip.compressor.families import family_of
-    from mskip.compressor.models import EMBEDDED, cache_home
 
     folder = Path(spec.name).expanduser()
-    if spec.name == EMBEDDED:
-        folder = cache_home() / "models" / "smollm2-135m-instruct"
+    if spec.name.startswith(PREFIX):
+        folder = converted_folder(spec.name)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = {**config, **config.get("text_config", {})}

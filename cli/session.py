@@ -21,9 +21,10 @@ DEFAULT_RECIPE = "smollm2-135m"
 
 def fetch(spec: ModelSpec) -> None:
     """Download a model from the hub, which shows bars of its own, before ours are shown."""
-    from mskip.compressor.models import EMBEDDED, model_folder
+    from mskip.compressor.embedded import PREFIX
+    from mskip.compressor.models import model_folder
 
-    if spec.name != EMBEDDED:
+    if not spec.name.startswith(PREFIX):
         model_folder(spec)
 
 
@@ -47,9 +48,12 @@ def text_config(spec: ModelSpec) -> dict[str, Any]:
 
 def load_model(spec: ModelSpec, progress: Progress) -> BaseModel:
     """The base model, shown as a stage."""
-    from mskip.compressor.models import EMBEDDED, load_base
+    from mskip.compressor.embedded import PREFIX
+    from mskip.compressor.models import load_base
 
-    if spec.name == EMBEDDED:  # converted on first use; nothing is downloaded that needs a bar
+    if spec.name.startswith(
+        PREFIX
+    ):  # converted on first use; nothing is downloaded that needs a bar
         from transformers.utils import logging
 
         logging.disable_progress_bar()

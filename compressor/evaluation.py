@@ -124,9 +124,7 @@ class Reference:
         return PerSample(sums[0], sums[1], torch.bincount(sample, minlength=count))
 
     @torch.no_grad()
-    def per_token(
-        self, make_pass: Callable[[Batch], Pass | None]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def per_token(self, make_pass: Callable[[Batch], Pass | None]) -> tuple[Tensor, Tensor, Tensor]:
         """The same token by token: KL, number of the sample, cross entropy, [tokens] each."""
         values, numbers, before = [], [], 0
         for part in self._parts:

@@ -39,12 +39,13 @@ class RelaxedPass:
         self.prompt_mask = prompt_mask
         self.temperature = temperature
         self.noise = noise
-        self.logits: list[Tensor] = []
+        self.logits: dict[int, Tensor] = {}
 
     def __call__(self, call: Call) -> Tensor:
         """See `Pass`."""
         logit = self.routers.logit(call.index, call.hidden, self.prompt_mask)
-        self.logits.append(logit)
+        # A checkpointed layer comes by again in the backward pass.
+        self.logits.setdefault(call.index, logit)
         noise = None if self.noise is None else self.noise[:, call.index]
         gate = straight_through_gate(logit, self.temperature, noise)[:, None, None]
         executed, skipped = call.execute(None), call.skip(None)
@@ -130,12 +131,13 @@ class RouterObjective(nn.Module):
             shape = (len(index), len(self.routers.layers))
             noise = gate_noise(noise_seed, index, shape[1]).to(input_ids.device) * noise_scale
         routing = RelaxedPass(self.routers, prompt_mask, self.spec.temperature, noise)
-        hidden = split.finish(stem, routing)[answer_mask]
+        hidden = split.finish(stem, routing, checkpoint=self.spec.gradient_checkpointing)
+        hidden = hidden[answer_mask]
         if self.spec.loss == "kl":
             loss = hidden_kl(hidden, dense, split.logits, self.spec.kl_temperature)
         else:
             loss = hidden_next_token_loss(hidden, answer_targets(batch), split.logits)
         return {
             "task": loss.sum() / num_items_in_batch,
-            "logits": torch.stack(routing.logits, dim=1),
+            "logits": torch.stack(list(routing.logits.values()), dim=1),
         }

@@ -7,6 +7,7 @@ an embedded model; see `mskip.compressor.embedded`.
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,12 +137,38 @@ def load_base(spec: ModelSpec) -> BaseModel:
         "use_safetensors": True,
         "trust_remote_code": spec.trust_remote_code,
     }
+    if spec.device_map is not None:
+        options["device_map"] = spec.device_map
     try:
         with no_bars():
             model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:
         raise ModelError(f"cannot load the model in {folder}: {error}") from error
+    if spec.device_map is None:
+        model.to(device=_device(spec))  # type: ignore[call-arg]
     model.requires_grad_(False)
     model.eval()
     tokenizer = load_tokenizer(folder, trust_remote_code=spec.trust_remote_code)
     return BaseModel(model, tokenizer, folder, folder_sha256(folder))
+
+
+def _device(spec: ModelSpec) -> torch.device:
+    """Where a model goes that is not spread over several devices.
+
+    Raises:
+        ModelError: no such device here.
+    """
+    if spec.device == "auto":
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        # `accelerate launch` gives every process a GPU of its own.
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        device = torch.device(spec.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"model.device = {spec.device!r} cannot be used: {reason}", "Set it to auto or cpu."
+        ) from error
+    return device

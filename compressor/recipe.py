@@ -45,7 +45,9 @@ class _Spec(BaseModel):
 class ModelSpec(_Spec):
     """The base model; its weights are never changed."""
 
-    name: str = Field(min_length=1, description='Hub id, folder, or "embedded:smollm2-135m".')
+    name: str = Field(
+        min_length=1, description='Hub id, folder, or "embedded:..." (see embedded.py).'
+    )
     revision: str | None = _key(None, "Branch, tag or commit of the hub; null is its default.")
     dtype: Literal["float32", "bfloat16", "float16"] = _key("float32", "Type of the base weights.")
     device: str = _key("auto", "Where it runs: cpu, cuda, cuda:1, or auto: a GPU if there is one.")
@@ -167,13 +169,18 @@ class TuningSpec(_Spec):
 class DataSpec(_Spec):
     """The sequences to tune on, and those kept apart to calibrate and to evaluate."""
 
-    source: str = _key("embedded:prompts", "Shipped prompts, hub data set or file.", min_length=1)
+    source: str = _key(
+        "embedded:prompts",
+        "Shipped prompts, name of docs/data.md, hub data set, or file.",
+        min_length=1,
+    )
     split: str = _key("train", "Split of a hub data set.", min_length=1)
     max_samples: Count | None = _key(None, "Most sequences to tune on, >= 1; null takes all.")
     calibration: Count = _key(48, "Sequences kept apart to calibrate tau; >= 1.")
     held_out: Count = _key(48, "Sequences kept apart to evaluate and validate; >= 1.")
     answer_tokens: Count = _key(48, "Tokens the dense model answers to a shipped prompt; >= 1.")
-    seed: Seed = _key(0, "Seed of the division into parts, 0..2**32 - 1.")
+    shuffle_buffer: Index = _key(0, "Records to draw from while reading; 0 keeps the order.")
+    seed: Seed = _key(0, "Seed of reading and of the division into parts, 0..2**32 - 1.")
 
 
 class CalibrationSpec(_Spec):

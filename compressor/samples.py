@@ -58,6 +58,8 @@ def read_samples(
         split=recipe.data.split,
         max_samples=limit,
         trust_remote_code=recipe.model.trust_remote_code,
+        shuffle_buffer=recipe.data.shuffle_buffer,
+        seed=recipe.data.seed,
     )
     encoded = [encode(each, base.tokenizer, recipe.tuning.max_length) for each in conversations]
     samples = [sample for sample in encoded if sample is not None]

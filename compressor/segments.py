@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -124,18 +126,27 @@ class SplitModel:
             )
         return Stem(hidden[0], arguments)
 
-    def finish(self, stem: Stem, routing: Pass | None = None) -> Tensor:
+    def finish(
+        self, stem: Stem, routing: Pass | None = None, *, checkpoint: bool = False
+    ) -> Tensor:
         """Run the upper layers and the final norm, [batch, sequence, hidden].
 
         Args:
             stem: from `stem`.
             routing: the pass of the routed sublayers (the model must be
                 patched); None runs them all.
+            checkpoint: keep the layers' inputs alone for the backward pass and compute the
+                rest again; ``routing`` must then give the same twice.
         """
         hidden = stem.hidden
         extra = {} if routing is None else {"routing": routing}
         for number, layer in self.upper:
-            hidden = layer(hidden, **stem.arguments[number], **extra)
+            run = partial(layer, **stem.arguments[number], **extra)
+            hidden = (
+                torch.utils.checkpoint.checkpoint(run, hidden, use_reentrant=False)
+                if checkpoint
+                else run(hidden)
+            )
         normed: Tensor = self._norm(hidden)
         return normed
 

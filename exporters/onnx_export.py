@@ -21,6 +21,7 @@ from torch import Tensor
 from mskip.compressor.artifact import Run, load_routers, routers_hash, saved_orders
 from mskip.compressor.baselines import kept_count
 from mskip.compressor.errors import ModelError
+from mskip.compressor.families import family_of, layer_types_of
 from mskip.compressor.files import sha256, whole_folder
 from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
@@ -79,8 +80,10 @@ def export_onnx(
         progress: one unit a part.
 
     Raises:
-        ModelError: no layer has a cache for every sequence.
+        ModelError: no layer has a cache for every sequence, or an architecture that cannot be
+            exported yet.
     """
+    _check_exportable(base)
     if len(contract.compact_layers) == contract.layers:
         raise ModelError(
             "every layer is routed; the export needs one layer that always executes.",
@@ -123,6 +126,18 @@ def export_onnx(
     contract.write(folder / CONTRACT)
     base.tokenizer.save_pretrained(folder)
     progress("export", 6, 6)
+
+
+def _check_exportable(base: BaseModel) -> None:
+    family = family_of(base.model)
+    # A body is the bare sublayer, and the graph's cache has no window.
+    normed = family.attention_post_norm or family.mlp_post_norm
+    if normed or layer_types_of(base.model.config) != {"full_attention"}:
+        raise ModelError(
+            f"'{family.model_type}' models with a norm after the sublayer, or with sliding "
+            "windows, cannot be exported yet.",
+            "Tuning, calibration and evaluation in PyTorch work: mskip eval.",
+        )
 
 
 def export_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def quality(rows: Sequence[Row]) -> Figure:
     """
     figure = _figure(0.7 + 0.45 * len(rows))
     axes = _styled(figure.add_subplot())
-    colours = [_BLUE if row.get("method") == "routed" else _GREY for row in rows]
+    # The run itself comes last.
+    colours = [_BLUE if row is rows[-1] else _GREY for row in rows]
     values = [_number(row.get("kl")) for row in rows]
     bars = axes.barh(range(len(rows)), values, height=0.62, color=colours)
     labels = ["not run" if row.get("kl") is None else f"{row['kl']:.3g}" for row in rows]
@@ -75,7 +76,8 @@ def tradeoff(series: Mapping[str, Sequence[Row]]) -> Figure:
     axes = _styled(figure.add_subplot())
     looks = ((_GREY, "s", "--"), (_BLUE, "o", "-"), (_ORANGE, "D", "--"), (_GREEN, "^", "-"))
     for number, (name, points) in enumerate(series.items()):
-        ordered = sorted(points, key=lambda point: float(point["capacity"]))
+        known = [point for point in points if point.get("capacity") is not None]
+        ordered = sorted(known, key=lambda point: float(point["capacity"]))
         colour, marker, line = looks[number % len(looks)]
         axes.plot(
             [_number(point.get("capacity")) for point in ordered],

@@ -45,6 +45,14 @@ _TUNE_SHAPE = {
     "trace": [{"step": _N, "capacity": _N}],
     "sensitivity": {"layers": [_N], "kl": [_N], "cosine": [_N]},
     "targets": [{"target": _N, "capacity": _N, "trace": [_N]}],
+    "worth": {
+        "static_kl": _N,
+        "routed_kl": _N,
+        "static_capacity": _N,
+        "routed_capacity": _N,
+        "removed": [_N],
+        "difference_interval": [_N],
+    },
 }
 _CALIBRATION_SHAPE = {
     "target": _N,
@@ -57,6 +65,7 @@ _EVAL_SHAPE = {
     "rows": [{"capacity": _N, "kl": _N, "layers_removed": [_N]}],
     "routed_over_static": _N,
 }
+_TASKS_SHAPE = {"capacity": _N, "tasks": {}, "average": {"value": _N, "stderr": _N}}
 _VALIDATE_SHAPE = {"gates": [{}], "decisions": {"flips": [{}]}}
 _INPUTS = {
     "router": _Input("router_config.json", "mskip tune", {"base_model": {}, "layers": [_N]}),
@@ -67,7 +76,7 @@ _INPUTS = {
     "bench": _Input("reports/bench.json", "mskip bench", {"rows": [dict.fromkeys(_BENCH, _N)]}),
     "export": _Input("reports/export.json", "mskip export", {"bytes": _N}),
     "sweep": _Input("reports/sweep.json", "mskip sweep", {"series": {}, "dense_perplexity": _N}),
-    "tasks": _Input("reports/tasks.json", "mskip eval --tasks paper", {}),
+    "tasks": _Input("reports/tasks.json", "mskip eval --tasks paper", {"rows": [_TASKS_SHAPE]}),
 }
 _FIGURES = ("quality", "sweep", "capacity", "scores", "constraint", "sensitivity", "latency")
 _TOLERANCE = 0.05  # how far the reached capacity may lie from its target
@@ -242,8 +251,13 @@ def _capacity_tile(calibration: Any) -> _Tile:
 def _quality_tile(evaluation: Any) -> _Tile:
     title = "KL, routed / best static"
     rows = [row for row in _at(evaluation, "rows") or [] if row.get("kl") is not None]
-    routed = [row for row in rows if row.get("method") == "routed"]
-    static = [row for row in rows if str(row.get("method")).startswith("static")]
+    # The run itself comes last; the yardstick is static removal with nothing in its place.
+    routed = [row for row in rows[-1:] if not str(row.get("method")).startswith("static")]
+    static = [
+        row
+        for row in rows
+        if str(row.get("method")).startswith("static") and "rank" not in row["method"]
+    ]
     ratio = _at(evaluation, "routed_over_static")
     if ratio is None or not routed or not static:
         return _not_run(title, "eval")
@@ -327,6 +341,7 @@ def _formatted(text: str) -> Any:
 
 _share, _times, _percent = map(_formatted, ("{:.3f}", "{:.2f}×", "{:.0%}"))
 _spread = _formatted("{:.1%}")
+_signed, _hundred = map(_formatted, ("{:+.4f}", "{:.1%}"))
 _exact = _formatted("{:.6g}")  # for what is held against a limit: 0.9998 must not read 1.00
 
 
@@ -380,6 +395,8 @@ def _render(
         times=_times,
         percent=_percent,
         spread=_spread,
+        signed=_signed,
+        hundred=_hundred,
         exact=_exact,
         fixed=_formatted("{:.6f}"),
         ranges=_ranges,

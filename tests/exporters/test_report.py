@@ -34,6 +34,46 @@ INPUTS = {
             {"target": 0.75, "capacity": 0.7, "steps": 2, "trace": [0.8, 0.7]},
             {"target": 0.25, "capacity": 0.3125, "steps": 2, "trace": [0.8, 0.3]},
         ],
+        "worth": {
+            "rule": "greedy",
+            "removed": [15, 16],
+            "static_capacity": 0.5,
+            "routed_capacity": 0.497,
+            "static_kl": 0.21,
+            "routed_kl": 0.19,
+            "difference_interval": [-0.031, 0.002],
+            "prompts": 48,
+            "better": False,
+        },
+    },
+    "reports/sweep.json": {
+        "prompts": 48,
+        "tokens": 2100,
+        "dense_perplexity": 4.0,
+        "series": {
+            "static (greedy)": [{"wanted": 0.5, "capacity": 0.5, "kl": 0.2, "perplexity": 4.2}],
+            "routed": [{"wanted": 0.5, "capacity": 0.49, "kl": 0.1, "perplexity": 4.1}],
+        },
+    },
+    "reports/tasks.json": {
+        "limit": 100,
+        "rows": [
+            {
+                "method": "routed",
+                "by": "torch",
+                "capacity": 0.52,
+                "tasks": {
+                    "piqa": {
+                        "metric": "acc_norm",
+                        "value": 0.61,
+                        "stderr": 0.049,
+                        "shots": 0,
+                        "documents": 100,
+                    },
+                },
+                "average": {"value": 0.61, "stderr": 0.049},
+            },
+        ],
     },
     "calibration.json": {
         "target": 0.5,
@@ -166,14 +206,16 @@ INPUTS = {
 # The sections that a file fills, and the command that writes it.
 SECTIONS = {
     "router_config.json": ((), "mskip tune"),
-    "reports/tune.json": (("constraint", "sensitivity"), "mskip tune"),
+    "reports/tune.json": (("worth", "constraint", "sensitivity"), "mskip tune"),
+    "reports/sweep.json": (("sweep",), "mskip sweep"),
+    "reports/tasks.json": (("tasks",), "mskip eval --tasks paper"),
     "calibration.json": (("capacity", "scores", "calibration"), "mskip calibrate"),
     "reports/eval.json": (("quality",), "mskip eval"),
     "reports/validate.json": (("parity",), "mskip validate"),
     "reports/bench.json": (("speed",), "mskip bench"),
     "reports/export.json": (("export",), "mskip export"),
 }
-FIGURES = ["capacity", "constraint", "latency", "quality", "scores", "sensitivity"]
+FIGURES = ["capacity", "constraint", "latency", "quality", "scores", "sensitivity", "sweep"]
 
 
 def make_run(run, inputs=INPUTS, recipe=RECIPE):
@@ -210,7 +252,15 @@ def full(tmp_path_factory):
 @pytest.fixture
 def html_of(tmp_path, monkeypatch):
     """Write a report and return its HTML; figures, which are slow, are left out."""
-    for name in ("quality", "layer_capacity", "scores", "constraint", "sensitivity", "latency"):
+    for name in (
+        "quality",
+        "tradeoff",
+        "layer_capacity",
+        "scores",
+        "constraint",
+        "sensitivity",
+        "latency",
+    ):
         monkeypatch.setattr(plots, name, lambda *args: None)
     monkeypatch.setattr(plots, "to_png", lambda figure: b"png")
 
@@ -224,7 +274,8 @@ def html_of(tmp_path, monkeypatch):
 def test_full_run_fills_every_section(full):
     html = full[1]
     assert re.findall(r'<section id="(\w+)">', html) == [
-        *("summary", "quality", "capacity", "scores", "constraint", "sensitivity"),
+        *("summary", "quality", "worth", "sweep", "tasks", "capacity", "scores"),
+        *("constraint", "sensitivity"),
         *("calibration", "parity", "speed", "export", "reading"),
     ]
     assert 'class="absent"' not in html
@@ -281,6 +332,11 @@ def test_tables_hold_the_numbers(full):
     assert "decision_agreement FAILED 0.9998 ≥ 1" in parity
     assert "3 15 0.551200 0.549100 0.00120" in parity
     assert "15 0.550000 0.000 1.000 0.100000 0.200000 constant: skip" in words(html)
+    worth = words(section(html, "worth"))
+    assert "mskip tune --method static --set static.removed=[15,16]" in worth
+    assert "-0.0310 .. +0.0020 nats" in worth
+    assert "static (greedy) 0.500 0.500 0.210" in worth
+    assert "piqa 0 acc_norm 100 61.0% 4.9%" in words(section(html, "tasks"))
     speed = words(section(html, "speed"))
     assert "onnxruntime 1 512 0.500 0.500 100 104 80.0 60.0 55.0 1.25× 89% 1.04× 5 3.0%" in speed
     assert speed.index("prefill") < speed.index("decode")
@@ -292,7 +348,7 @@ def test_missing_input_is_not_run_and_leaves_the_rest(html_of, name):
     html = html_of({key: value for key, value in INPUTS.items() if key != name})
     sections, command = SECTIONS[name]
     assert f"not run: <code>{command}</code>" in html
-    assert len(re.findall("<section ", html)) == 11
+    assert len(re.findall("<section ", html)) == 14
     for each in sections:
         assert f"not run: <code>{command}</code>" in section(html, each)
         assert "<table" not in section(html, each)
