@@ -10,6 +10,7 @@ import typer
 
 from mskip.cli import console, tables
 from mskip.cli.options import AsJson, Output, Overrides, Quick
+from mskip.cli.plan import announce_memory
 from mskip.cli.session import check_same_recipe, fetch, is_tuned, load_model, resolve
 from mskip.cli.steps import GATE_FAILED
 
@@ -133,6 +134,8 @@ def run_all(
             run.remember()
     if len(reports) < len(_OUTPUTS):
         fetch(resolved.model)
+    if "tune" not in reports:
+        announce_memory(resolved)
     lender = _Lender(resolved)
     for name, step in _steps(run, resolved, lender, quick=quick, resume=resume).items():
         if name in reports:

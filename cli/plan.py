@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from mskip.cli import console
+from mskip.cli.session import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,6 +57,21 @@ def show_plan(plan: dict[str, Any]) -> None:
         *(f"tune to capacity {console.capacity_words(target)}" for target in plan["targets"]),
     ]
     print(dump_recipe(recipe) + "".join(f"# {line}\n" for line in lines), end="")
+
+
+def announce_memory(recipe: Recipe) -> None:
+    """Say what tuning is going to take, before the model is loaded."""
+    from mskip.compressor.memory import tuning_memory, weight_bytes
+    from mskip.compressor.models import model_folder
+
+    config = text_config(recipe.model)
+    weights = weight_bytes(model_folder(recipe.model), recipe.model.dtype)
+    memory = tuning_memory(recipe, config, weights, recipe.data.max_samples or 1000)
+    console.note(
+        f"memory, estimated: {console.size(memory.total)} at the peak (weights "
+        f"{console.size(memory.weights)}, backward {console.size(memory.activations)}, logits "
+        f"{console.size(memory.logits)}, kept activations up to {console.size(memory.store)})"
+    )
 
 
 def _config(spec: ModelSpec) -> dict[str, Any] | None:

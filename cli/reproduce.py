@@ -10,6 +10,7 @@ import typer
 from mskip.cli import console
 from mskip.cli.job import finished
 from mskip.cli.options import AsJson, Output, Overrides
+from mskip.cli.plan import announce_memory
 from mskip.cli.session import is_tuned, overridden, text_config, working
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def reproduce(
 
         check_tasks(grid.tasks, task_dir)
     folder = output or RUNS / grid.name
+    announce_memory(first)
     with working(first.model) as (base, progress):
         for number, (name, resolved) in enumerate(recipes.items()):
             run = Run(folder / name)

@@ -81,8 +81,10 @@ def tune(
         report = run.report("tune", "Make it with: mskip tune")
         console.note(f"{console.shown(run.path)} is tuned already: nothing to resume.")
     else:
+        from mskip.cli.plan import announce_memory
         from mskip.compressor.tune_step import tune_run
 
+        announce_memory(resolved)
         with working(resolved.model) as (base, progress):
             report = tune_run(run, resolved, base, resume=resume, progress=progress)
     console.emit(report, as_json, tables.tuned)
