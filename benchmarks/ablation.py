@@ -20,11 +20,13 @@ from typing import Any
 
 from mskip.compressor.artifact import versions
 from mskip.compressor.baselines import forced_to, kept_count, kept_of, static_gates
+from mskip.compressor.calibration import Paths, PromptScorer, UnreachableError, find_tau
 from mskip.compressor.data import split_samples
 from mskip.compressor.evaluation import Reference
 from mskip.compressor.files import write_json
 from mskip.compressor.models import load_base
 from mskip.compressor.recipe import Recipe, load_recipe
+from mskip.compressor.router import Routers
 from mskip.compressor.samples import Samples, read_samples
 from mskip.compressor.skipping import patched
 from mskip.compressor.tune_step import (
@@ -37,6 +39,7 @@ from mskip.compressor.tune_step import (
 )
 from mskip.exporters.speed import machine
 
+TARGETS = (0.25, 0.5, 0.75)
 VARIANTS: dict[str, list[str]] = {
     "default": [],
     "start by single sensitivity": ["router.init=sensitivity"],
@@ -70,9 +73,10 @@ def one(
             )
             closed = reference.quality(forced_to(static_gates(kept, len(sublayers)))).kl
     work = Work(folder, recipe, base, sublayers, samples, measured, orders, False, lambda *_: None)
-    _, details = tune_routers(work)
+    routers, details = tune_routers(work)
     worth = details["worth"]
     return {
+        "calibrated": calibrated(base, routers, samples),
         "reached_before_calibration": details["targets"][0]["capacity"],
         "closed_form_static_kl": closed,
         **{key: worth.get(key) for key in (
@@ -80,6 +84,25 @@ def one(
         )},
         "seconds": time.monotonic() - started,
     }  # fmt: skip
+
+
+def calibrated(base: Any, routers: Routers, samples: Samples) -> dict[str, float | None]:
+    """Capacity on held-out prompts of a tau that calibration prompts gave, by target."""
+    routed = len(routers.layers)
+    found: dict[str, float | None] = {}
+    with patched(base.model, routers.sublayers):
+        scorer = PromptScorer(base, routers, samples.calibration)
+        held_out = PromptScorer(base, routers, samples.held_out)
+        paths = Paths(scorer, len(scorer), routed)
+        for target in TARGETS:
+            try:
+                tau = find_tau(paths, target, 40).tau
+            except UnreachableError:
+                found[f"{target:g}"] = None
+                continue
+            decisions, _ = held_out(torch.full((routed,), tau), list(range(len(held_out))))
+            found[f"{target:g}"] = float(decisions.float().mean())
+    return found
 
 
 def main() -> None:
