@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mskip.compressor.artifact import versions
 from mskip.compressor.baselines import forced_to, kept_count, kept_of, static_gates
 from mskip.compressor.calibration import Paths, PromptScorer, UnreachableError, find_tau
