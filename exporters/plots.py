@@ -74,11 +74,16 @@ def tradeoff(series: Mapping[str, Sequence[Row]]) -> Figure:
     """
     figure = _figure(3.6)
     axes = _styled(figure.add_subplot())
-    looks = ((_GREY, "s", "--"), (_BLUE, "o", "-"), (_ORANGE, "D", "--"), (_GREEN, "^", "-"))
-    for number, (name, points) in enumerate(series.items()):
+    # Static removal dashed and in quiet colours, routing solid.
+    looks = {
+        "static": iter(((_GREY, "s", "--"), (_ORANGE, "D", "--"))),
+        "routed": iter(((_BLUE, "o", "-"), (_GREEN, "^", "-"))),
+    }
+    for name, points in series.items():
         known = [point for point in points if point.get("capacity") is not None]
         ordered = sorted(known, key=lambda point: float(point["capacity"]))
-        colour, marker, line = looks[number % len(looks)]
+        kind = "routed" if name.startswith("routed") else "static"
+        colour, marker, line = next(looks[kind], (_PURPLE, "v", ":"))
         axes.plot(
             [_number(point.get("capacity")) for point in ordered],
             [_number(point.get("kl")) for point in ordered],

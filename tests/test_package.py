@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ["compressor", "exporters", "cli", "recipes"]
-DATA = ["recipes/*.yaml", "recipes/*.jsonl", "exporters/*.html", "py.typed"]
+DATA = ["recipes/**/*.yaml", "recipes/*.jsonl", "exporters/*.html", "py.typed"]
 
 
 def python(code: str, **environment: str) -> str:

@@ -61,7 +61,7 @@ def test_unknown_key(mskip):
 
 @pytest.mark.parametrize("capacity", ["1.5", "-0.1", "nan"])
 def test_capacity_out_of_range(mskip, bare_run, capacity):
-    refused(mskip("calibrate", f"--capacity={capacity}"), "out of range", "0 <= c <= 1")
+    refused(mskip("calibrate", f"--capacity={capacity}"), "out of range", "executed share, 0..1")
 
 
 def test_tau_out_of_range(mskip, bare_run):
@@ -98,10 +98,14 @@ def test_malformed_data(mskip):
 
 def test_wrong_base_model(mskip, bare_run):
     config = {
+        "format": 2,
+        "method": "routed",
+        "granularity": "attention",
         "layers": [0, 1, 2],
         "hidden_size": 32,
+        "compensation_rank": 0,
         "base_model": {"name": "another", "sha256": "0" * 64},
-        "router_sha256": "0" * 64,
+        "sha256": {"router": "0" * 64},
     }
     (bare_run / "router_config.json").write_text(json.dumps(config))
     refused(mskip("eval"), "tuned on another with hash 000000000000")

@@ -38,17 +38,16 @@ from mskip.compressor.routing import EXECUTE, UNDECIDED
 from mskip.compressor.skipping import MindSkip, patched
 from mskip.compressor.sublayers import Granularity, Sublayers
 from mskip.compressor.token_cache import TokenCache, TokenLayer
-from mskip.compressor.tokenwise import (
-    TokenRelaxedPass,
+from mskip.compressor.token_calibration import (
     TokenScorer,
-    TokenSkip,
     executed_share,
     find_token_tau,
     share_interval,
-    token_noise,
     token_quality,
     token_scores,
 )
+from mskip.compressor.token_skipping import TokenSkip
+from mskip.compressor.tokenwise import TokenRelaxedPass, token_noise
 
 Prompts = Callable[..., Batch]
 MakeModel = Callable[..., LlamaForCausalLM]
