@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mskip.compressor.errors import RecipeError
-from mskip.compressor.sublayers import Granularity
+from mskip.compressor.sublayers import Granularity, Unit
 
 Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
@@ -59,6 +59,7 @@ class RoutingSpec(_Spec):
     """Which sublayers get a router, and how many of their calls are to be executed."""
 
     granularity: Granularity = _key("attention", "What a router may skip: block is both.")
+    unit: Unit = _key("sequence", "What decides: a prompt for all, or each token; PyTorch only.")
     layers: Layers | None = _key(None, "Indices, from 0; null goes by last and exclude_last.")
     choose: Literal["last", "least_harmful"] = _key("last", "Which ones, where layers is null.")
     last: Count = _key(16, "Number of routed layers; choose last: those before exclude_last; >= 1.")
@@ -179,7 +180,7 @@ class DataSpec(_Spec):
     calibration: Count = _key(48, "Sequences kept apart to calibrate tau; >= 1.")
     held_out: Count = _key(48, "Sequences kept apart to evaluate and validate; >= 1.")
     answer_tokens: Count = _key(48, "Tokens the dense model answers to a shipped prompt; >= 1.")
-    shuffle_buffer: Index = _key(0, "Records to draw from while reading; 0 keeps the order.")
+    shuffle_buffer: Index = _key(0, "Records to draw from while reading; 0 keeps the order; >= 0.")
     seed: Seed = _key(0, "Seed of reading and of the division into parts, 0..2**32 - 1.")
 
 

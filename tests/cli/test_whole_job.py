@@ -9,7 +9,7 @@ import pytest
 
 SMALL = [
     *("data.calibration=8", "data.held_out=8", "data.max_samples=16", "data.answer_tokens=4"),
-    *("tuning.epochs=1", "tuning.batch_size=8", "tuning.check_targets=[]", "routing.last=2"),
+    *("tuning.epochs=1", "tuning.batch_size=8", "compensation.rank=4", "routing.last=2"),
     *("router.sensitivity_prompts=4", "evaluation.prompts=4", "validation.prompts=4"),
     *("validation.steps=3", "bench.batches=[1]", "bench.contexts=[16]", "bench.repeats=1"),
     # The tiny model is too quick for its time to say anything.

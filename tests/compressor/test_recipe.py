@@ -76,8 +76,9 @@ def test_the_demo_is_embedded_and_routes_13_to_28() -> None:
     recipe = load_recipe("smollm2-135m")
     assert recipe.model == ModelSpec(name="embedded:smollm2-135m")
     assert recipe.data.source == "embedded:prompts"
-    assert recipe.router == RouterSpec(sensitivity_prompts=16)
-    assert sorted([recipe.routing.capacity, *recipe.tuning.check_targets]) == [0.25, 0.5, 0.75]
+    assert recipe.router == RouterSpec(sensitivity_prompts=12)
+    assert recipe.routing.capacity == 0.5
+    assert recipe.compensation.rank == 64
     assert recipe.validation.prompts >= 32
     assert recipe.data.held_out >= recipe.validation.prompts
     assert recipe.routing.routed_layers(30) == list(range(13, 29))
