@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened_engine(run: Run, name: str) -> Iterator[tuple[Runner, PreTrainedTokenizerBase]]:
-    """The engine ("onnx" or "torch") of a run, and its tokenizer."""
+    """The engine ("onnx" or "torch") of a run, and its tokenizer.
+
+    Raises:
+        ModelError: the routers decide once a token, which neither runs.
+    """
+    from mskip.compressor.artifact import routing_unit
+    from mskip.compressor.sublayers import require_unit
+
+    require_unit(routing_unit(run), "sequence", "mskip generate")
     if name == "onnx":
         from mskip.compressor.models import load_tokenizer
         from mskip.exporters.ort_runner import OrtRunner

@@ -153,7 +153,9 @@ def calibrate(
         )
     console.emit(report, as_json, tables.calibrated)
     if not as_json:
-        tables.next_step(opened.path, "mskip export")
+        # Where tokens decide there is nothing to export.
+        following = "mskip eval" if "answer_capacity" in report else "mskip export"
+        tables.next_step(opened.path, following)
 
 
 @app.command(rich_help_panel="Steps of a run", epilog="Example: mskip export --onnx")

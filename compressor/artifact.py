@@ -25,13 +25,14 @@ from mskip.compressor.files import read_json, sha256, whole_file, write_json, wr
 from mskip.compressor.models import BaseModel
 from mskip.compressor.recipe import Recipe, dump_recipe, load_recipe
 from mskip.compressor.router import Routers
-from mskip.compressor.sublayers import Granularity, Sublayers
+from mskip.compressor.sublayers import Granularity, Sublayers, Unit
 
 Method = Literal["routed", "static"]
 """How routers were made: tuned, or set to constants that skip the same sublayers always."""
 
 _METHOD: TypeAdapter[Method] = TypeAdapter(Method)
 _GRANULARITY: TypeAdapter[Granularity] = TypeAdapter(Granularity)
+_UNIT: TypeAdapter[Unit] = TypeAdapter(Unit)
 
 RUNS = Path("runs")
 _LAST = ".last"
@@ -174,6 +175,7 @@ def save_routers(
             "format": 2,
             "method": method,
             "granularity": routers.sublayers.granularity,
+            "unit": routers.sublayers.unit,
             "layers": routers.layers,
             "hidden_size": routers.hidden_size,
             "compensation_rank": routers.sublayers.compensation_rank,
@@ -227,6 +229,7 @@ def load_routers(run: Run, base: BaseModel) -> Routers:
             )
         layers, hidden = list(config["layers"]), int(config["hidden_size"])
         granularity = _GRANULARITY.validate_python(config["granularity"])
+        unit = _unit(config)
         rank = int(config["compensation_rank"])
         expected = str(config["base_model"]["sha256"])
         name = str(config["base_model"]["name"])
@@ -244,7 +247,7 @@ def load_routers(run: Run, base: BaseModel) -> Routers:
             f"{base.folder} has hash {base.sha256[:12]}.",
             "Give the model they were tuned on, or tune again on this one.",
         )
-    routers = Routers(Sublayers(layers, granularity, compensation), hidden)
+    routers = Routers(Sublayers(layers, granularity, compensation, unit), hidden)
     _load(run.path / "router.safetensors", routers, router_hash)
     if compensation is not None:
         _load(run.path / "compensation.safetensors", compensation, compensation_hash)
@@ -270,6 +273,28 @@ def tuned_by(run: Run) -> Method:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"{path} lacks or mangles the entry {error}.", _TUNE_FIRST) from error
+
+
+def routing_unit(run: Run) -> Unit:
+    """What decides in this run; known without its base model.
+
+    An untuned run is taken for one of sequences: what asks for its routers says what is missing.
+
+    Raises:
+        ArtifactError: the configuration is damaged.
+    """
+    path = run.path / "router_config.json"
+    if not path.is_file():
+        return "sequence"
+    try:
+        return _unit(read_json(path, "router configuration", _TUNE_FIRST))
+    except (AttributeError, ValueError) as error:
+        raise ArtifactError(f"{path} lacks or mangles the entry {error}.", _TUNE_FIRST) from error
+
+
+def _unit(config: dict[str, Any]) -> Unit:
+    """Configurations written before there were two have no entry."""
+    return _UNIT.validate_python(config.get("unit", "sequence"))
 
 
 def saved_orders(run: Run, layers: list[int]) -> dict[str, list[int]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,10 @@ from mskip.compressor.evaluation import Reference
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.router import prompt_mean
 from mskip.compressor.routing import Call, ForcedPass
-from mskip.compressor.sublayers import Sublayers, as_sublayers
+from mskip.compressor.sublayers import Sublayers, Unit, as_sublayers
+
+TOKENS = 8
+"""Tokens of a prompt from which the inputs of routers are known before tuning."""
 
 
 @dataclass(frozen=True)
@@ -211,24 +215,50 @@ def constant_logits(order: list[int]) -> Tensor:
     return torch.logit((rank + 0.5) / routed)
 
 
-class _MeanPass:
-    """Executes everything and records the routers' inputs."""
+class _InputPass:
+    """Executes everything and records the routers' inputs, as ``take`` makes them."""
 
-    def __init__(self, prompt_mask: Tensor) -> None:
-        self.prompt_mask = prompt_mask
-        self.means: list[Tensor] = []
+    def __init__(self, take: Callable[[Tensor], Tensor]) -> None:
+        self.take = take
+        self.inputs: list[Tensor] = []
 
     def __call__(self, call: Call) -> Tensor:
-        self.means.append(prompt_mean(call.hidden, self.prompt_mask))
+        self.inputs.append(self.take(call.hidden))
         return call.execute(None)
 
 
 @torch.no_grad()
-def router_inputs(reference: Reference) -> Tensor:
-    """Prompt means that the routers see in the dense model, [samples, routed, hidden] float32."""
+def router_inputs(reference: Reference, unit: Unit = "sequence") -> Tensor:
+    """What the routers see in the dense model, float32.
+
+    Args:
+        reference: samples of a patched model.
+        unit: what decides.
+
+    Returns:
+        Prompt means, [samples, routed, hidden]; of tokens, the hidden states of at most
+        `TOKENS` random ones of every prompt, [tokens, routed, hidden].
+    """
+    generator = torch.Generator().manual_seed(0)
     rows = []
     for batch, stem in reference.batches:
-        watch = _MeanPass(batch["prompt_mask"])
+        mask = batch["prompt_mask"]
+        if unit == "token":
+            mask = random_tokens(mask, TOKENS, generator)
+        watch = _InputPass(partial(_TAKEN[unit], mask))
         reference.split.finish(stem, watch)
-        rows.append(torch.stack(watch.means, dim=1))
+        rows.append(torch.stack(watch.inputs, dim=1))
     return torch.cat(rows)
+
+
+_TAKEN: dict[Unit, Callable[[Tensor, Tensor], Tensor]] = {
+    "sequence": lambda mask, hidden: prompt_mean(hidden, mask),
+    "token": lambda mask, hidden: hidden[mask].float(),
+}
+
+
+def random_tokens(mask: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """At most ``most`` of the true places of every row of ``mask``, drawn at random."""
+    order = torch.rand(mask.shape, generator=generator).to(mask.device).masked_fill(~mask, -1)
+    last = order.topk(min(most, mask.shape[1])).values[:, -1:]
+    return mask & (order >= last)

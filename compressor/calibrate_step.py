@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mskip.compressor.artifact import Run, load_routers, tuned_by
 from mskip.compressor.calibration import (
@@ -16,6 +15,7 @@ from mskip.compressor.calibration import (
     find_tau,
     find_tau_per_layer,
 )
+from mskip.compressor.calibration_report import Calibrated
 from mskip.compressor.errors import RecipeError
 from mskip.compressor.evaluation import Reference
 from mskip.compressor.goals import Goal, capacity_for_speedup, least_capacity
@@ -24,20 +24,26 @@ from mskip.compressor.progress import Progress, silent
 from mskip.compressor.router import Routers
 from mskip.compressor.samples import Samples, run_samples
 from mskip.compressor.skipping import patched
+from mskip.compressor.token_calibration import (
+    executed_share,
+    find_token_tau,
+    share_interval,
+    token_scores,
+)
 from mskip.compressor.tune_step import AFTER_CALIBRATION
-from mskip.compressor.worth import routed_pass
+from mskip.compressor.units import routed_passes
 
 CAPACITY_STEPS = 64
 """A limit on quality is met to one part in so many of the capacity."""
-
-# Steps below this distance of two scores are lost in the engine's arithmetic.
-RESOLUTION = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}
 
 
 def calibrate_run(
     run: Run, base: BaseModel, goal: Goal, *, per_layer: bool, progress: Progress = silent
 ) -> dict[str, Any]:
     """Find tau for a goal and report on held-out prompts.
+
+    Where tokens decide, a capacity is that of the prompts' tokens, and ``answer_capacity``
+    stands beside it.
 
     Args:
         run: a tuned run.
@@ -50,7 +56,8 @@ def calibrate_run(
         The calibration, as saved in ``calibration.json``.
 
     Raises:
-        RecipeError: a goal out of range or, per layer, of another kind than capacity.
+        RecipeError: a goal out of range; per layer, or where tokens decide, one of another
+            kind than capacity; or per layer where tokens decide.
         ArtifactError: a goal in time, of a run that was not timed.
         UnreachableError: scores tie, or nothing reaches the goal.
     """
@@ -61,12 +68,43 @@ def calibrate_run(
         )
     recipe = run.recipe()
     routers = load_routers(run, base).to(base.model.device)
+    unit = routers.sublayers.unit
+    if unit == "token":
+        _check_token_goal(goal, per_layer)
     samples = run_samples(run, recipe, base, progress)
+    limit = recipe.calibration.max_evaluations
+    if unit == "token":
+        found = _of_tokens(base, routers, samples, goal.share, limit, progress)
+    else:
+        found = _of_sequences(run, base, routers, samples, goal, per_layer, limit, progress)
+    # The decisions of sequences have to hold in the engine that they are exported to.
+    dtype = recipe.export.dtype if unit == "sequence" else recipe.model.dtype
+    calibration = {
+        "target": found.target,
+        "goal": {"kind": goal.kind, "value": goal.value, **found.reached},
+        "per_layer": per_layer,
+        "prompts": {"calibration": len(samples.calibration), "held_out": len(samples.held_out)},
+        **found.report(routers.layers, unit, dtype),
+    }
+    run.write_calibration(calibration)
+    run.forget_reports(*AFTER_CALIBRATION)
+    return calibration
+
+
+def _of_sequences(
+    run: Run,
+    base: BaseModel,
+    routers: Routers,
+    samples: Samples,
+    goal: Goal,
+    per_layer: bool,
+    limit: int,
+    progress: Progress,
+) -> Calibrated:
     routed = len(routers.layers)
     reached: dict[str, Any] = {}
     with patched(base.model, routers.sublayers):
         scorer = PromptScorer(base, routers, samples.calibration)
-        everyone = list(range(len(scorer)))
         if per_layer:
             capacity = goal.share
             tau = find_tau_per_layer(scorer, len(scorer), routed, capacity)
@@ -75,7 +113,7 @@ def calibrate_run(
             paths = Paths(scorer, len(scorer), routed)
 
             def at(capacity: float) -> Found:
-                return find_tau(paths, capacity, recipe.calibration.max_evaluations, progress)
+                return find_tau(paths, capacity, limit, progress)
 
             if goal.is_share:
                 capacity = goal.share
@@ -92,34 +130,54 @@ def calibrate_run(
                     "calibration": quality(found.tau)[goal.kind],
                     "held_out": quality(found.tau, held_out=True)[goal.kind],
                 }
-        decisions, scores = scorer(tau, everyone)
+        taken = scorer(tau, list(range(len(scorer))))
         held_out = PromptScorer(base, routers, samples.held_out)
-        held_decisions, held_scores = held_out(tau, list(range(len(held_out))))
-    margins = (torch.cat([scores, held_scores]) - tau).abs()
-    rows = _layer_rows(routers.layers, tau, decisions, held_decisions, held_scores)
-    calibration = {
-        "target": capacity,
-        "goal": {"kind": goal.kind, "value": goal.value, **reached},
-        "per_layer": per_layer,
-        "tau": tau.tolist(),
-        "capacity": {
-            "calibration": float(decisions.float().mean()),
-            "held_out": float(held_decisions.float().mean()),
-            "held_out_interval": capacity_interval(held_decisions),
+        held = held_out(tau, list(range(len(held_out))))
+    return Calibrated(
+        capacity, tau, *taken, *held, capacity_interval(held[0]), evaluations, reached
+    )
+
+
+def _check_token_goal(goal: Goal, per_layer: bool) -> None:
+    if per_layer:
+        raise RecipeError(
+            "--per-layer cannot be had with routing.unit=token: one tau holds for all layers.",
+            "Leave it out, or say --global.",
+        )
+    if not goal.is_share:
+        raise RecipeError(
+            f"{goal} cannot be had with routing.unit=token.", "Give a capacity or a skip rate."
+        )
+
+
+def _of_tokens(
+    base: BaseModel,
+    routers: Routers,
+    samples: Samples,
+    capacity: float,
+    limit: int,
+    progress: Progress,
+) -> Calibrated:
+    found = find_token_tau(base, routers, capacity, samples.calibration, limit, progress=progress)
+    held = token_scores(base, routers, found.tau, samples.held_out)
+    prompts, answers = [each.prompt for each in held], [each.answer for each in held]
+    return Calibrated(
+        capacity,
+        torch.full((len(routers.layers),), found.tau),
+        torch.cat([each.prompt for each in found.routings]),
+        torch.cat([each.prompt_scores for each in found.routings]),
+        torch.cat(prompts),
+        torch.cat([each.prompt_scores for each in held]),
+        share_interval(prompts),
+        found.evaluations,
+        extra={
+            "answer_capacity": {
+                "calibration": found.answer_capacity,
+                "held_out": executed_share(answers),
+                "held_out_interval": share_interval(answers),
+            }
         },
-        "prompts": {"calibration": len(scorer), "held_out": len(held_out)},
-        "layers": rows,
-        "margins": {
-            "min": float(margins.min()),
-            "p05": float(margins.flatten().quantile(0.05)),
-            "median": float(margins.median()),
-        },
-        "warnings": _warnings(rows, margins, recipe.export.dtype),
-        "evaluations": evaluations,
-    }
-    run.write_calibration(calibration)
-    run.forget_reports(*AFTER_CALIBRATION)
-    return calibration
+    )
 
 
 class _Quality:
@@ -135,54 +193,6 @@ class _Quality:
             self.references[held_out] = Reference(self.base, self.routers.layers[0], samples)
         reference = self.references[held_out]
         taus = torch.full((len(self.routers.layers),), tau)
-        found = reference.quality(routed_pass(self.routers, taus, []))
+        found = reference.quality(routed_passes(self.routers, taus))
         dense = reference.quality(lambda _: None)
         return {"max_kl": found.kl, "max_ppl_increase": found.perplexity / dense.perplexity - 1}
-
-
-def _layer_rows(
-    layers: list[int], tau: Tensor, decisions: Tensor, held: Tensor, scores: Tensor
-) -> list[dict[str, Any]]:
-    every = torch.cat([decisions, held])
-    rows = []
-    for index, layer in enumerate(layers):
-        column = every[:, index]
-        constant = "execute" if bool(column.all()) else None if bool(column.any()) else "skip"
-        rows.append(
-            {
-                "layer": layer,
-                "tau": float(tau[index]),
-                "capacity": float(held[:, index].float().mean()),
-                "constant": constant,
-                "scores": scores[:, index].tolist(),
-            }
-        )
-    return rows
-
-
-def _warnings(rows: list[dict[str, Any]], margins: Tensor, dtype: str) -> list[str]:
-    warnings = []
-    constant = {
-        kind: [row["layer"] for row in rows if row["constant"] == kind]
-        for kind in ("skip", "execute")
-    }
-    if constant["skip"]:
-        warnings.append(
-            f"{_listed(constant['skip'])}: every prompt skips; removing the attention "
-            "statically gives the same output and is simpler."
-        )
-    if constant["execute"]:
-        warnings.append(
-            f"{_listed(constant['execute'])}: every prompt executes; no router is needed."
-        )
-    close = int((margins < RESOLUTION[dtype]).sum())
-    if close:
-        warnings.append(
-            f"{close} of {margins.numel()} scores stand closer to tau than {dtype} resolves "
-            f"({RESOLUTION[dtype]:g}): their decisions may flip between engines."
-        )
-    return warnings
-
-
-def _listed(layers: list[int]) -> str:
-    return ("layers " if len(layers) > 1 else "layer ") + ", ".join(map(str, layers))

@@ -158,7 +158,12 @@ class Found:
 
 
 def find_tau(
-    paths: Paths, target: float, max_evaluations: int, progress: Progress = silent
+    paths: Paths,
+    target: float,
+    max_evaluations: int,
+    progress: Progress = silent,
+    *,
+    ties: int = 1,
 ) -> Found:
     """Find the global tau whose capacity is nearest to ``target``.
 
@@ -171,6 +176,7 @@ def find_tau(
         target: wanted capacity, 0..1.
         max_evaluations: most trials that run prompts.
         progress: one unit a trial.
+        ties: as many calls of one score are one decision that drags the others along.
 
     Raises:
         UnreachableError: scores tie around the target.
@@ -209,7 +215,7 @@ def find_tau(
         for end, share in ((0.0, 1.0), (ABOVE_EVERY_SCORE, 0.0)):
             if abs(share * calls - wanted) <= tolerance:
                 return Found(end, share, paths.evaluations)
-    if distance > tolerance and _tied(paths, low):
+    if distance > tolerance and _tied(paths, low) > ties:
         near = sorted({executed_low / calls, executed_high / calls, executed / calls})
         raise UnreachableError(
             f"no tau gives capacity {target:.3f}: scores tie or gates are constant. Reachable "
@@ -241,10 +247,10 @@ def _next_trial(scores: Tensor, wanted: float, low: float, high: float) -> float
     return guess if low < guess <= high else None
 
 
-def _tied(paths: Paths, boundary: float) -> bool:
-    """Whether several executed calls have the score at which the search closed in."""
+def _tied(paths: Paths, boundary: float) -> int:
+    """How many executed calls have the score at which the search closed in."""
     decisions, scores = paths.at(boundary)
-    return int((scores[decisions] == boundary).sum()) > 1
+    return int((scores[decisions] == boundary).sum())
 
 
 def find_tau_per_layer(scorer: Scorer, prompts: int, routed: int, target: float) -> Tensor:

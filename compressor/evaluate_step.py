@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mskip.compressor.artifact import Run, load_routers, saved_orders, tuned_by
 from mskip.compressor.baselines import forced_to, kept_count, kept_of, static_gates
@@ -14,11 +14,9 @@ from mskip.compressor.evaluation import Quality, Reference
 from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.recipe import Recipe
-from mskip.compressor.routing import EXECUTE
 from mskip.compressor.samples import Samples, read_samples, run_samples
 from mskip.compressor.skipping import patched
-from mskip.compressor.sublayers import Sublayers
-from mskip.compressor.worth import routed_pass
+from mskip.compressor.units import routed_passes
 
 
 def evaluate_run(
@@ -27,7 +25,8 @@ def evaluate_run(
     """Quality on held-out text: dense, static removal by every rule, routed at the calibrated tau.
 
     A run with compensation is measured with it, and so is static removal; the ratio is to the
-    best static removal without.
+    best static removal without. Where tokens decide, the row's capacity is that of the
+    prompts' tokens, and it has the answers' beside it.
 
     Args:
         run: a calibrated run.
@@ -48,7 +47,7 @@ def evaluate_run(
     samples = _evaluation_samples(run, recipe, base, source, progress)
     sublayers, routed = routers.sublayers, len(routers.layers)
     first, count = sublayers.layers[0], kept_count(run.calibration()["target"], routed)
-    bare = Sublayers(sublayers.layers, sublayers.granularity)
+    bare = replace(sublayers, compensation=None)
     rows: list[dict[str, Any]] = []
 
     def add(method: str, quality: Quality, capacity: float, removed: list[int]) -> None:
@@ -72,10 +71,11 @@ def evaluate_run(
             add(f"static ({rule}){suffix}", quality, count / routed, removed)
 
     def add_routed(method: str) -> Quality:
-        decided: list[Tensor] = []
-        quality = reference.quality(routed_pass(routers, tau, decided))
-        executed = torch.cat(decided) == EXECUTE
-        add(method, quality, float(executed.float().mean()), [])
+        passes = routed_passes(routers, tau)
+        quality = reference.quality(passes)
+        add(method, quality, passes.capacity, [])
+        if passes.answer_capacity is not None:
+            rows[-1]["answer_capacity"] = passes.answer_capacity
         return quality
 
     own = "routed" if tuned_by(run) == "routed" else "this run (static)"

@@ -20,6 +20,7 @@ from mskip.compressor.rowwise import hidden_kl, hidden_next_token_loss
 from mskip.compressor.sampling import gate_noise
 from mskip.compressor.segments import SplitModel
 from mskip.compressor.stems import StemStore
+from mskip.compressor.tokenwise import TokenRelaxedPass, token_noise
 
 
 class RelaxedPass:
@@ -115,7 +116,8 @@ class RouterObjective(nn.Module):
 
         Returns:
             ``task``: sum over this micro-batch's answer tokens / num_items_in_batch.
-            ``logits``: [batch, routed], float32.
+            ``logits``: of the prompts, [batch, routed]; where the unit of routing is the
+            token, of the prompts' tokens, [tokens, routed]. Float32.
         """
         split: SplitModel = self.__dict__["split"]
         store: StemStore = self.__dict__["store"]
@@ -126,18 +128,28 @@ class RouterObjective(nn.Module):
             "answer_mask": answer_mask,
         }
         stem, dense = store.get(batch, index)
-        noise = None
+        by_token = self.routers.sublayers.unit == "token"
+        real = attention_mask.bool()
+        routed, temperature = len(self.routers.layers), self.spec.temperature
+        noise: Tensor | None = None
         if noise_scale > 0:
-            shape = (len(index), len(self.routers.layers))
-            noise = gate_noise(noise_seed, index, shape[1]).to(input_ids.device) * noise_scale
-        routing = RelaxedPass(self.routers, prompt_mask, self.spec.temperature, noise)
+            noise = (
+                token_noise(noise_seed, index, real, routed)
+                if by_token
+                else gate_noise(noise_seed, index, routed).to(input_ids.device)
+            ) * noise_scale
+        routing = (
+            TokenRelaxedPass(self.routers, real, temperature, noise)
+            if by_token
+            else RelaxedPass(self.routers, prompt_mask, temperature, noise)
+        )
         hidden = split.finish(stem, routing, checkpoint=self.spec.gradient_checkpointing)
         hidden = hidden[answer_mask]
         if self.spec.loss == "kl":
             loss = hidden_kl(hidden, dense, split.logits, self.spec.kl_temperature)
         else:
             loss = hidden_next_token_loss(hidden, answer_targets(batch), split.logits)
-        return {
-            "task": loss.sum() / num_items_in_batch,
-            "logits": torch.stack(list(routing.logits.values()), dim=1),
-        }
+        logits = torch.stack(list(routing.logits.values()), dim=1)
+        if by_token:  # Capacity is held over the prompts, as it is calibrated.
+            logits = logits[prompt_mask[real]]
+        return {"task": loss.sum() / num_items_in_batch, "logits": logits}

@@ -18,7 +18,7 @@ from torch import Tensor
 from mskip.compressor.router import Routers
 
 if TYPE_CHECKING:
-    from mskip.compressor.token_cache import TokenCall
+    from mskip.compressor.token_call import TokenCall
 
 UNDECIDED = -1
 SKIP = 0

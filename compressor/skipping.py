@@ -34,8 +34,8 @@ from mskip.compressor.routing import (
     forced,
     fresh_decisions,
 )
-from mskip.compressor.sublayers import Sublayers, as_sublayers
-from mskip.compressor.token_cache import TokenCall
+from mskip.compressor.sublayers import Sublayers, as_sublayers, require_unit
+from mskip.compressor.token_call import TokenCall
 
 
 def take_rows(value: Any, rows: Tensor, batch: int) -> Any:
@@ -385,12 +385,13 @@ class MindSkip:
         tau: one threshold, or one per routed sublayer.
 
     Raises:
-        ModelError: see `Patch`.
+        ModelError: see `Patch`; or the routers decide once a token.
     """
 
     def __init__(
         self, model: PreTrainedModel, routers: Routers, tau: float | Tensor | list[float] = 0.5
     ) -> None:
+        require_unit(routers.sublayers.unit, "sequence", "MindSkip")
         self.model = model
         self.routers = routers.to(model.device)
         self.tau = as_tau(tau, len(routers.layers)).to(model.device)

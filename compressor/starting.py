@@ -62,7 +62,7 @@ def initialise(
     Args:
         routers: fresh routers.
         spec: the recipe's router section.
-        inputs: the routers' inputs in the dense model, [samples, routed, hidden].
+        inputs: the routers' inputs in the dense model, [samples or tokens, routed, hidden].
         costs: of every routed sublayer's removal, by the name of the start.
         target: wanted capacity.
     """

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mskip.compressor.artifact import Run, load_routers, saved_orders, tuned_by
 from mskip.compressor.baselines import forced_to, kept_count, kept_of, static_gates
-from mskip.compressor.calibration import Paths, PromptScorer, UnreachableError, find_tau
+from mskip.compressor.calibration import UnreachableError, find_tau
 from mskip.compressor.evaluation import Reference
 from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.router import Routers
-from mskip.compressor.routing import EXECUTE
 from mskip.compressor.samples import Samples, run_samples
 from mskip.compressor.skipping import patched
-from mskip.compressor.sublayers import Sublayers
-from mskip.compressor.worth import routed_pass
+from mskip.compressor.units import prompt_paths, routed_passes, ties_of
 
 CAPACITIES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 
@@ -49,7 +47,7 @@ def sweep_run(
     routers = load_routers(run, base).to(base.model.device)
     samples = run_samples(run, recipe, base, progress)
     sublayers = routers.sublayers
-    bare = Sublayers(sublayers.layers, sublayers.granularity)
+    bare = replace(sublayers, compensation=None)
     orders = saved_orders(run, routers.layers)
     parts = [bare] if sublayers.compensation is None else [bare, sublayers]
     # A static run's own scores are an order of removal: there is nothing routed to show.
@@ -103,23 +101,23 @@ def _routed(
     capacities: Sequence[float],
 ) -> list[dict[str, float]]:
     routed = len(routers.layers)
-    scorer = PromptScorer(base, routers, samples.calibration)
-    paths = Paths(scorer, len(scorer), routed)
+    paths = prompt_paths(base, routers, samples.calibration)
     points = []
     for capacity in capacities:
         try:
-            tau = find_tau(paths, capacity, 40).tau
+            tau = find_tau(paths, capacity, 40, ties=ties_of(routers, samples.calibration)).tau
         except UnreachableError:
             continue  # Constant gates reach some capacities only; the others are not drawn.
-        decided: list[Tensor] = []
-        found = reference.quality(routed_pass(routers, torch.full((routed,), tau), decided))
-        points.append(
-            {
-                "wanted": capacity,
-                "capacity": float((torch.cat(decided) == EXECUTE).float().mean()),
-                "tau": tau,
-                "kl": found.kl,
-                "perplexity": found.perplexity,
-            }
-        )
+        passes = routed_passes(routers, torch.full((routed,), tau))
+        found = reference.quality(passes)
+        point = {
+            "wanted": capacity,
+            "capacity": passes.capacity,
+            "tau": tau,
+            "kl": found.kl,
+            "perplexity": found.perplexity,
+        }
+        if passes.answer_capacity is not None:
+            point["answer_capacity"] = passes.answer_capacity
+        points.append(point)
     return points

@@ -72,7 +72,7 @@ class RouterTrainer(CheckpointMixin, Trainer):
         self.progress = progress
         self.lengths = [len(sample.input_ids) for sample in data.samples]
         self._seen: list[Tensor] = []
-        self._sequences = 1
+        self._units = 1  # of capacity: sequences, or tokens of their prompts
         self._in_force = 0.0, 0.0
         super().__init__(
             model=objective,
@@ -106,10 +106,16 @@ class RouterTrainer(CheckpointMixin, Trainer):
         return self.sampler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """As the base class; also counts the sequences of the whole optimiser step."""
+        """As the base class; also counts the units of capacity of the whole optimiser step."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(sum(len(batch["index"]) for batch in batches), device=device)
-        self._sequences = int(self.accelerator.reduce(count, reduction="sum"))
+        unit = self.accelerator.unwrap_model(self.model).routers.sublayers.unit
+        # Every sequence has a prompt; padding is no part of it.
+        each = [
+            int(batch["prompt_mask"].sum()) if unit == "token" else len(batch["index"])
+            for batch in batches
+        ]
+        count = torch.tensor(sum(each), device=device)
+        self._units = int(self.accelerator.reduce(count, reduction="sum"))
         return batches, items
 
     def noise_scale(self) -> float:
@@ -137,7 +143,7 @@ class RouterTrainer(CheckpointMixin, Trainer):
         )
         logits = outputs["logits"]
         routed = logits.shape[1]
-        capacity = torch.sigmoid(logits).sum() / (self._sequences * routed)
+        capacity = torch.sigmoid(logits).sum() / (self._units * routed)
         executed = (logits.detach() >= 0).sum().float()
         self._seen.append(torch.stack([outputs["task"].detach().float(), executed]))
         loss = outputs["task"] + self.constraint.penalty(capacity)
@@ -150,7 +156,7 @@ class RouterTrainer(CheckpointMixin, Trainer):
         task, executed = self.accelerator.reduce(torch.stack(self._seen).sum(0), reduction="sum")
         self._seen.clear()
         routed = self.accelerator.unwrap_model(self.model).routers.weight.shape[0]
-        capacity = float(executed) / (self._sequences * routed)
+        capacity = float(executed) / (self._units * routed)
         price = self.constraint.price
         self.constraint.observe(capacity)
         step = self.state.global_step

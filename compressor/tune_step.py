@@ -28,7 +28,6 @@ from mskip.compressor.baselines import (
     router_inputs,
     static_gates,
 )
-from mskip.compressor.calibration import PromptScorer
 from mskip.compressor.compensation import Compensation
 from mskip.compressor.encoding import Sample
 from mskip.compressor.errors import RecipeError
@@ -42,7 +41,9 @@ from mskip.compressor.samples import Samples, run_samples
 from mskip.compressor.skipping import patched
 from mskip.compressor.starting import first_price, initialise
 from mskip.compressor.sublayers import Sublayers
+from mskip.compressor.tokenwise import require_masks
 from mskip.compressor.tuning import tune
+from mskip.compressor.units import prompt_paths
 from mskip.compressor.worth import is_dynamic_worth_it
 
 # Reports that describe the run at one tau.
@@ -59,7 +60,12 @@ def routed_sublayers(recipe: Recipe, base: BaseModel, layers: list[int] | None =
 
     Raises:
         RecipeError: layers or a rank that the model has not.
+        ModelError: tokens are to decide, and the model's attention cannot run some of them.
     """
+    # Removal for good is the same for every token: it needs no routers that decide by token.
+    unit = recipe.routing.unit if recipe.method == "routed" else "sequence"
+    if unit == "token":
+        require_masks(base.model)
     config = base.model.config.get_text_config()
     layers = layers or recipe.routing.routed_layers(config.num_hidden_layers)
     rank, hidden = recipe.compensation.rank, int(config.hidden_size)
@@ -72,7 +78,7 @@ def routed_sublayers(recipe: Recipe, base: BaseModel, layers: list[int] | None =
             )
         compensation = Compensation(len(layers), hidden, hidden if rank == "full" else rank)
         compensation.to(base.model.device)
-    return Sublayers(layers, recipe.routing.granularity, compensation)
+    return Sublayers(layers, recipe.routing.granularity, compensation, unit)
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Measured:
     Attributes:
         sensitivity: of every routed sublayer alone.
         greedy: removal one after another.
-        inputs: the routers' inputs, [samples, routed, hidden].
+        inputs: the routers' inputs, [samples or their tokens, routed, hidden].
         reference: the samples that this was measured on.
     """
 
@@ -121,7 +127,7 @@ def measure(
     reference = Reference(base, sublayers.layers[0], samples, progress=progress)
     sensitivity = measure_sensitivity(reference, sublayers, progress)
     greedy = greedy_removal(reference, sensitivity, removed, progress)
-    return Measured(sensitivity, greedy, router_inputs(reference), reference)
+    return Measured(sensitivity, greedy, router_inputs(reference, sublayers.unit), reference)
 
 
 def least_harmful(
@@ -181,7 +187,7 @@ def tune_run(
     some = samples.tune[: recipe.router.sensitivity_prompts]
     if recipe.routing.layers is None and recipe.routing.choose == "least_harmful":
         layers = least_harmful(base, recipe, some, progress)
-        bare = Sublayers(layers, bare.granularity)
+        bare = replace(bare, layers=layers)
         sublayers = routed_sublayers(recipe, base, layers)
         _check_removed(recipe, layers)
     routed, target = len(sublayers), recipe.routing.capacity
@@ -360,8 +366,7 @@ def _reached(
     trace: list[dict[str, float]],
 ) -> dict[str, Any]:
     with patched(base.model, routers.sublayers):
-        scorer = PromptScorer(base, routers, samples)
-        decisions, _ = scorer(torch.full((len(routers.layers),), 0.5), list(range(len(scorer))))
+        decisions, _ = prompt_paths(base, routers, samples).at(0.5)
     return {
         "target": target,
         "capacity": float(decisions.float().mean()),

@@ -7,44 +7,22 @@ chosen on tuning samples and compared on held-out ones, prompt by prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mskip.compressor.baselines import forced_to, kept_count, kept_of, static_gates
-from mskip.compressor.calibration import Paths, PromptScorer, UnreachableError, find_tau
-from mskip.compressor.encoding import Batch
+from mskip.compressor.calibration import UnreachableError, find_tau
 from mskip.compressor.evaluation import PerSample, Reference
 from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.router import Routers
-from mskip.compressor.routing import EXECUTE, HardPass, fresh_decisions
 from mskip.compressor.samples import Samples
 from mskip.compressor.skipping import patched
+from mskip.compressor.units import prompt_paths, routed_passes, ties_of
 
 _TRIALS = 40
-
-
-def routed_pass(
-    routers: Routers, tau: Tensor, decided: list[Tensor]
-) -> Callable[[Batch], HardPass]:
-    """A pass maker for `Reference`: decides from the prompts, and notes decisions in ``decided``.
-
-    Args:
-        routers: the routers.
-        tau: [routed].
-        decided: receives [batch, routed] int8 of every batch.
-    """
-
-    def make(batch: Batch) -> HardPass:
-        mask = batch["prompt_mask"]
-        decisions, scores = fresh_decisions(len(mask), len(routers.layers))
-        decided.append(decisions := decisions.to(mask.device))
-        return HardPass(routers, tau.to(mask.device), mask, decisions, scores.to(mask.device))
-
-    return make
 
 
 def paired_interval(
@@ -68,7 +46,7 @@ def learned_order(decisions: Tensor) -> list[int]:
     """Order of removal: what the routers skip most often goes first.
 
     Args:
-        decisions: [prompts, routed], bool.
+        decisions: [prompts or their tokens, routed], bool.
     """
     executed = decisions.float().mean(dim=0)
     return [int(index) for index in executed.argsort(stable=True)]
@@ -97,19 +75,19 @@ def is_dynamic_worth_it(
 
     Returns:
         JSON values: the rule chosen, KL of both with their difference's interval, the capacity
-        reached, and the verdict ``better``: the whole interval lies below 0.
+        reached (of tokens, that of the answers too), and the verdict ``better``: the whole
+        interval lies below 0.
     """
     routed = len(routers.layers)
     device = base.model.device
     with patched(base.model, routers.sublayers):
-        scorer = PromptScorer(base, routers, samples.calibration)
-        paths = Paths(scorer, len(scorer), routed)
+        paths = prompt_paths(base, routers, samples.calibration)
         try:
-            tau = find_tau(paths, capacity, _TRIALS).tau
+            tau = find_tau(paths, capacity, _TRIALS, ties=ties_of(routers, samples.calibration)).tau
         except UnreachableError as error:
             return {"skipped": str(error).partition("\n")[0]}
         decisions, _ = paths.at(tau)
-        orders["learned"] = learned_order(decisions)
+        orders["learned"] = learned_order(decisions.reshape(-1, routed))
         kept = {rule: kept_of(o, kept_count(capacity, routed)) for rule, o in orders.items()}
         chosen = {}
         for done, (rule, positions) in enumerate(kept.items(), 1):
@@ -118,17 +96,19 @@ def is_dynamic_worth_it(
             progress("static or routed", done, len(kept) + 2, rule)
         best = min(chosen, key=lambda rule: chosen[rule])
         held_out = Reference(base, routers.layers[0], samples.held_out)
-        decided: list[Tensor] = []
-        dynamic = held_out.per_sample(routed_pass(routers, torch.full((routed,), tau), decided))
+        passes = routed_passes(routers, torch.full((routed,), tau))
+        dynamic = held_out.per_sample(passes)
         progress("static or routed", len(kept) + 1, len(kept) + 2, "routed")
         static = held_out.per_sample(forced_to(static_gates(kept[best], routed).to(device)))
         progress("static or routed", len(kept) + 2, len(kept) + 2, best)
     interval = paired_interval(dynamic, static)
+    answers = passes.answer_capacity
     return {
         "rule": best,
         "removed": [layer for index, layer in enumerate(routers.layers) if index not in kept[best]],
         "static_capacity": len(kept[best]) / routed,
-        "routed_capacity": float((torch.cat(decided) == EXECUTE).float().mean()),
+        "routed_capacity": passes.capacity,
+        **({} if answers is None else {"routed_answer_capacity": answers}),
         "static_kl": static.quality().kl,
         "routed_kl": dynamic.quality().kl,
         "ratio": dynamic.quality().kl / static.quality().kl if static.quality().kl else None,

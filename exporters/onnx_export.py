@@ -26,6 +26,7 @@ from mskip.compressor.files import sha256, whole_folder
 from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.router import Routers
+from mskip.compressor.sublayers import require_unit
 from mskip.exporters.bodies import body_weights
 from mskip.exporters.contract import Contract
 from mskip.exporters.lowering import routed_graph, static_graph
@@ -80,9 +81,10 @@ def export_onnx(
         progress: one unit a part.
 
     Raises:
-        ModelError: no layer has a cache for every sequence, or an architecture that cannot be
-            exported yet.
+        ModelError: no layer has a cache for every sequence, an architecture that cannot be
+            exported yet, or routers that decide once a token.
     """
+    require_unit(routers.sublayers.unit, "sequence", "the exported graph")
     _check_exportable(base)
     if len(contract.compact_layers) == contract.layers:
         raise ModelError(

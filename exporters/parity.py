@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mskip.compressor.artifact import Run, load_routers, routers_hash
+from mskip.compressor.artifact import Run, load_routers, routers_hash, routing_unit
 from mskip.compressor.encoding import Sample
 from mskip.compressor.errors import ArtifactError
 from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.recipe import ValidationLimits
 from mskip.compressor.samples import run_samples
+from mskip.compressor.sublayers import require_unit
 from mskip.exporters.laziness import measure_laziness
 from mskip.exporters.ort_runner import OrtRunner
 from mskip.exporters.runner import Floats, Ints, Runner, State, left_padded
@@ -270,8 +271,10 @@ def validate_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict
     Raises:
         ArtifactError: the run is not exported, or the export is not of its routers.
         MissingExtraError: onnxruntime is not installed.
+        ModelError: the routers decide once a token.
     """
     recipe = run.recipe()
+    require_unit(routing_unit(run), "sequence", "an engine")
     spec = recipe.validation
     routers = load_routers(run, base)
     exported = run.report("export", "Make it with: mskip export")

@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from mskip.compressor.artifact import Run
+from mskip.compressor.artifact import Run, routing_unit
 from mskip.compressor.errors import ArtifactError
 from mskip.compressor.progress import Progress, silent
+from mskip.compressor.sublayers import require_unit
 from mskip.exporters.laziness import filled
 from mskip.exporters.onnx_export import CEILING, DENSE, MODEL, STATIC
 from mskip.exporters.ort_runner import OrtRunner
@@ -163,8 +164,10 @@ def bench_run(
     Raises:
         ArtifactError: the run is not exported.
         MissingExtraError: onnxruntime is not installed.
+        ModelError: the routers decide once a token.
     """
     spec = run.recipe().bench
+    require_unit(routing_unit(run), "sequence", "an engine")
     batches = list(batches or (QUICK_BATCHES if quick else spec.batches))
     contexts = list(contexts or (QUICK_CONTEXTS if quick else spec.contexts))
     repeats = repeats or (QUICK_REPEATS if quick else spec.repeats)

@@ -11,12 +11,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mskip.compressor.artifact import Run, load_routers, routers_hash, tuned_by, versions
+from mskip.compressor.artifact import (
+    Run,
+    load_routers,
+    routers_hash,
+    routing_unit,
+    tuned_by,
+    versions,
+)
 from mskip.compressor.baselines import kept_count, kept_of
 from mskip.compressor.errors import ArtifactError, MissingExtraError, MskipError
 from mskip.compressor.files import read_json, sha256
 from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
+from mskip.compressor.sublayers import require_unit
 from mskip.exporters.answers import AnswerStore
 from mskip.exporters.harness import harness_model, harness_tasks, judged, offline, quietly
 from mskip.exporters.onnx_export import contract_of
@@ -181,8 +189,9 @@ def check_run(run: Run, engine: str, methods: Sequence[str]) -> None:
 
     Raises:
         ArtifactError: the run is not tuned, calibrated or (for "onnx") exported.
-        MskipError: an unknown engine or method.
+        MskipError: an unknown engine or method, or routers that decide once a token.
     """
+    require_unit(routing_unit(run), "sequence", "an engine")
     for kind, names, known in (("engine", [engine], ENGINES), ("method", methods, METHODS)):
         if unknown := [name for name in names if name not in known]:
             raise MskipError(f"no {kind} '{unknown[0]}'.", f"There are: {', '.join(known)}.")

@@ -12,6 +12,7 @@ from mskip.compressor.models import BaseModel
 from mskip.compressor.router import Routers
 from mskip.compressor.routing import HardPass, forced
 from mskip.compressor.skipping import Patch
+from mskip.compressor.sublayers import require_unit
 from mskip.exporters.contract import Contract
 from mskip.exporters.runner import Floats, Ints, Runner, State, positions
 
@@ -23,11 +24,15 @@ class TorchRunner(Runner):
         base: the base model.
         routers: its routers.
         contract: of the model; its ``tau`` is the default.
+
+    Raises:
+        ModelError: the routers decide once a token.
     """
 
     name = "PyTorch"
 
     def __init__(self, base: BaseModel, routers: Routers, contract: Contract) -> None:
+        require_unit(routers.sublayers.unit, "sequence", "this runner")
         self.base = base
         self.routers = routers
         self.contract = contract

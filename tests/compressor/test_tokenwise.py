@@ -92,7 +92,7 @@ def routers_for(
         generator = torch.Generator().manual_seed(3)
         for parameter in compensation.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-    routers = Routers(Sublayers(layers, granularity, compensation), width)
+    routers = Routers(Sublayers(layers, granularity, compensation, "token"), width)
     routers.load_state_dict(tiny_routers(model, layers).state_dict())
     return routers.requires_grad_(False)
 
@@ -373,11 +373,11 @@ def test_tau_may_differ_by_layer_and_is_inclusive(
     model: LlamaForCausalLM, tiny_routers: MakeRouters, prompt_batch: Prompts
 ) -> None:
     ids = prompt_batch([6] * 3)["input_ids"]
-    with TokenSkip(model, tiny_routers(model, LAYERS), tau=[0.0, 1.1]):
+    with TokenSkip(model, routers_for(model, tiny_routers), tau=[0.0, 1.1]):
         decisions = model(ids, use_cache=True).past_key_values.decisions
         assert decisions.tolist() == [[[1, 0]] * 6] * 3
     # Zero routers score exactly 0.5: the paper's untrained model executes.
-    with TokenSkip(model, Routers(LAYERS, 32), tau=0.5):
+    with TokenSkip(model, Routers(Sublayers(LAYERS, unit="token"), 32), tau=0.5):
         assert bool((model(ids, use_cache=True).past_key_values.decisions == EXECUTE).all())
 
 
@@ -422,7 +422,7 @@ def test_scores_are_float32_in_bfloat16(
 ) -> None:
     """The product too: bfloat16 has a step of 0.004 near 0.5."""
     model = tiny_model()
-    routers = tiny_routers(model, LAYERS)
+    routers = routers_for(model, tiny_routers)
     seen: list[Tensor] = []
     hook = model.model.layers[0].input_layernorm.register_forward_hook(
         lambda _, __, output: seen.append(output)
@@ -642,7 +642,7 @@ def test_attention_without_a_mask_a_query_is_refused(
     tiny_model: MakeModel, tiny_routers: MakeRouters
 ) -> None:
     model = tiny_model()
-    routers = tiny_routers(model, LAYERS)
+    routers = routers_for(model, tiny_routers)
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ModelError, match="'flash_attention_2' cannot run some tokens"):
         TokenSkip(model, routers)
@@ -718,7 +718,7 @@ def test_detach_leaves_the_model_as_it_was(
     assert not torch.equal(model(ids, use_cache=True).logits, dense)
     assert everything(model) == attached  # nothing is kept on the modules
     with pytest.raises(ModelError, match="attached already"):
-        MindSkip(model, skip.routers)
+        MindSkip(model, Routers(LAYERS, 32))
     skip.detach()
     assert everything(model) == before
     assert torch.equal(model(ids).logits, dense)
@@ -743,7 +743,7 @@ def test_the_relaxed_pass_is_the_hard_pass_in_value(
         expected = model(**inputs(batch), routing=hard).logits[real]
         relaxed = TokenRelaxedPass(routers, real, 1.0, None)
         close(model(**inputs(batch), routing=relaxed).logits[real], expected)
-        scores = torch.sigmoid(torch.stack(relaxed.logits, dim=1))
+        scores = torch.sigmoid(torch.stack(list(relaxed.logits.values()), dim=1))
         torch.testing.assert_close(scores, hard.scores[real], **CLOSE)
         # Noise beyond any logit: the gates are the noise's.
         noise = torch.full((*real.shape, 2), -1e4)
@@ -809,7 +809,7 @@ def test_padding_takes_no_part_and_gives_no_nan(
         with torch.enable_grad(), patched(model, LAYERS):
             hidden = model.model(**inputs(batch), routing=relaxed, use_cache=False)
             hidden.last_hidden_state[real].square().sum().backward()
-        assert [len(logit) for logit in relaxed.logits] == [20, 20]
+        assert [len(logit) for logit in relaxed.logits.values()] == [20, 20]
         gradients.append([parameter.grad for parameter in (routers.weight, routers.bias)])
     for left, right in zip(*gradients, strict=True):
         assert float(left.abs().max()) > 0
