@@ -128,16 +128,16 @@ def calibrate(
 ) -> None:
     """Find the threshold tau for one goal: a share, a limit on quality, or a speedup."""
     from mskip.compressor.artifact import open_run
-    from mskip.compressor.goals import Goal
+    from mskip.compressor.goals import Goal, Kind
 
-    given = {
+    given: dict[Kind, float | None] = {
         "capacity": capacity,
         "skip_rate": skip_rate,
         "max_kl": max_kl,
         "max_ppl_increase": max_ppl_increase,
         "speedup": speedup,
     }
-    goals = [Goal(kind, value) for kind, value in given.items() if value is not None]  # type: ignore[arg-type]
+    goals = [Goal(kind, value) for kind, value in given.items() if value is not None]
     if len(goals) > 1:
         raise typer.BadParameter(f"give one goal, not {' and '.join(map(str, goals))}.")
     opened = open_run(run)

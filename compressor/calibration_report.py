@@ -120,7 +120,7 @@ def _warnings(
     }
     if constant["skip"]:
         warnings.append(
-            f"{_listed(constant['skip'])}: every {what} skips; removing the attention "
+            f"{_listed(constant['skip'])}: every {what} skips; removing it "
             "statically gives the same output and is simpler."
         )
     if constant["execute"]:

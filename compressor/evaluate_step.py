@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -62,8 +63,9 @@ def evaluate_run(
         )
         progress("evaluate", len(rows), expected, method)
 
-    def add_static(suffix: str) -> None:
-        for rule, order in orders.items():
+    def add_static(rules: Sequence[str], suffix: str) -> None:
+        for rule in rules:
+            order = orders[rule]
             kept = kept_of(order, count)
             gates = static_gates(kept, routed).to(base.model.device)
             removed = [sublayers.layers[index] for index in range(routed) if index not in kept]
@@ -80,19 +82,22 @@ def evaluate_run(
 
     own = "routed" if tuned_by(run) == "routed" else "this run (static)"
     compensation = sublayers.compensation
-    expected = 2 + len(orders)
+    # Each order where it belongs: the greedy one taken with the maps in place, and the others.
+    plain = [rule for rule in orders if rule != "compensated"]
+    mapped = [rule for rule in ("compensated", "given", "learned") if rule in orders]
+    expected = 2 + len(plain)
     with patched(base.model, bare):
         reference = Reference(base, first, samples, progress=progress)
         dense = reference.quality(lambda _: None)
         add("dense", dense, 1.0, [])
-        add_static("")
+        add_static(plain, "")
         best = min(row["kl"] for row in rows[1:])
         if compensation is None:
             last = add_routed(own)
     if compensation is not None:
-        expected += len(orders)
+        expected += len(mapped)
         with patched(base.model, sublayers):
-            add_static(f" + rank {compensation.rank}")
+            add_static(mapped, f" + rank {compensation.rank}")
             last = add_routed(f"{own} + rank {compensation.rank}")
     report = {
         "data": source or recipe.data.source,

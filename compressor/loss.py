@@ -90,7 +90,9 @@ class RouterObjective(nn.Module):
         self.spec = spec
         split = SplitModel(base.model, routers.layers[0])
         self.__dict__["split"] = split
-        self.__dict__["store"] = StemStore(split, samples, int(spec.cache_gib * 2**30))
+        self.__dict__["store"] = StemStore(
+            split, samples, int(spec.cache_gib * 2**30), dense=spec.loss == "kl"
+        )
 
     def forward(
         self,

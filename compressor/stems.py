@@ -21,12 +21,17 @@ class StemStore:
         split: the model, cut before the first routed layer.
         samples: the tuning samples.
         budget: bytes that may be held; samples beyond it are computed each time.
+        dense: whether the dense model's hidden states are wanted; they cost the upper half of
+            a forward pass.
     """
 
-    def __init__(self, split: SplitModel, samples: list[Sample], budget: int) -> None:
+    def __init__(
+        self, split: SplitModel, samples: list[Sample], budget: int, *, dense: bool = True
+    ) -> None:
         self.split = split
         self.samples = samples
         self.budget = budget
+        self.dense = dense
         self.used = 0
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -39,13 +44,17 @@ class StemStore:
             index: number of each sample, [batch] int64.
 
         Returns:
-            The stem and [answer tokens, hidden], in the order ``answer_mask`` selects.
+            The stem and [answer tokens, hidden], in the order ``answer_mask`` selects; hidden
+            is 0 where the dense model is not wanted.
         """
         numbers = index.tolist()
         inputs = batch["input_ids"], batch["attention_mask"], batch["position_ids"]
         if not all(number in self._kept for number in numbers):
             stem = self.split.stem(*inputs)
-            dense = self.split.finish(stem)[batch["answer_mask"]]
+            answers = batch["answer_mask"]
+            dense = stem.hidden.new_empty(int(answers.sum()), 0)
+            if self.dense:
+                dense = self.split.finish(stem)[answers]
             self._keep(numbers, stem.hidden, dense, batch["answer_mask"])
             return stem, dense
         arguments = self.split.layer_arguments(*inputs)
@@ -61,7 +70,7 @@ class StemStore:
         parts = torch.split(dense, answers.sum(1).tolist())
         for row, number in enumerate(numbers):
             length = len(self.samples[number].input_ids)
-            size = (length + len(parts[row])) * hidden.shape[-1] * hidden.element_size()
+            size = (length * hidden.shape[-1] + parts[row].numel()) * hidden.element_size()
             if number in self._kept or self.used + size > self.budget:
                 continue
             self._kept[number] = hidden[row, :length].clone(), parts[row].clone()

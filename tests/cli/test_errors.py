@@ -139,9 +139,13 @@ def test_missing_extra(mskip, bare_run, monkeypatch):
     refused(mskip("bench"), "onnxruntime is not installed", "pip install 'mskip[cpu]'")
 
 
+# The tiny model has few layers and is narrower than the demo's rank.
+NARROW = ["--set", "routing.last=2", "--set", "compensation.rank=0"]
+
+
 def test_output_that_cannot_be_written(mskip, tiny_folder):
     Path("file").write_text("")
-    tiny = ["tune", "--model", tiny_folder, "--set", "routing.last=2"]
+    tiny = ["tune", "--model", tiny_folder, *NARROW]
     refused(mskip(*tiny, "--output", "file/x"), "cannot write", "--output")
     assert [path.name for path in Path().iterdir()] == ["file"]
 
@@ -149,7 +153,7 @@ def test_output_that_cannot_be_written(mskip, tiny_folder):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_read_only_output(mskip, tiny_folder):
     Path("locked").mkdir(mode=0o555)
-    tiny = ["tune", "--model", tiny_folder, "--set", "routing.last=2"]
+    tiny = ["tune", "--model", tiny_folder, *NARROW]
     refused(mskip(*tiny, "--output", "locked/x"), "cannot write", "--output")
 
 

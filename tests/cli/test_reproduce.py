@@ -36,7 +36,8 @@ def test_reproduce(mskip, tiny_folder, tmp_path, documents):
     pytest.importorskip("lm_eval")
     (tmp_path / "grid.yaml").write_text(GRID)
     command = [
-        "reproduce", "grid.yaml", "--model", tiny_folder, *OVERRIDES, "--set", "routing.exclude_last=0",
+        "reproduce", "grid.yaml", "--model", tiny_folder, *OVERRIDES,
+        "--set", "routing.exclude_last=0",
         "--task-dir", documents, "--limit", "4", "--output", "runs/grid",
     ]  # fmt: skip
     result = mskip(*command)
