@@ -135,13 +135,53 @@ def measure_sensitivity(
             watch.close()
         cosine += watch.sums
         positions += int(batch["attention_mask"].sum())
-    divergence = []
-    for index in range(routed):
-        others = static_gates([j for j in range(routed) if j != index], routed)
-        gates = others.to(reference.split.model.device)
-        divergence.append(reference.quality(forced_to(gates)).kl)
+    divergence, at = [], reference
+    for index, layer in enumerate(sublayers.layers):
+        # What lies below is the dense model for all that follow: it runs once.
+        at = at.beyond(layer, forced_to(_without(set(), routed, reference)))
+        divergence.append(at.quality(forced_to(_without({index}, routed, reference))).kl)
         progress("sensitivity", index + 1, routed)
     return Sensitivity(list(sublayers.layers), divergence, (cosine / positions).tolist())
+
+
+def _without(gone: set[int], routed: int, reference: Reference) -> Tensor:
+    gates = static_gates([j for j in range(routed) if j not in gone], routed)
+    return gates.to(reference.split.model.device)
+
+
+class _Removals:
+    """What a further removal costs, given those made; layers below it do not run again.
+
+    Holds the residual stream at every layer that was tried, as long as what lies below it
+    stands.
+
+    Args:
+        reference: samples of a patched model.
+        layers: decoder layer index of each routed sublayer, ascending.
+    """
+
+    def __init__(self, reference: Reference, layers: list[int]) -> None:
+        self.layers = layers
+        self.gone: set[int] = set()
+        self._at = {
+            0: reference.beyond(layers[0], forced_to(_without(set(), len(layers), reference)))
+        }
+
+    def _pass(self, gone: set[int]) -> Callable[[Batch], ForcedPass]:
+        return forced_to(_without(gone, len(self.layers), self._at[0]))
+
+    def kl_without(self, index: int) -> float:
+        """KL to the dense model with position ``index`` gone too, nats a token."""
+        below = max(each for each in self._at if each <= index)
+        if below < index:
+            here = self._at[below].beyond(self.layers[index], self._pass(self.gone))
+            self._at[index] = here
+        return self._at[index].quality(self._pass({*self.gone, index})).kl
+
+    def remove(self, index: int) -> None:
+        """Make a removal."""
+        self.gone.add(index)
+        self._at = {each: here for each, here in self._at.items() if each <= index}
 
 
 @dataclass(frozen=True)
@@ -179,7 +219,7 @@ def greedy_removal(
         progress: one unit a removal.
     """
     routed = len(sensitivity.kl)
-    device = reference.split.model.device
+    removals = _Removals(reference, sensitivity.layers)
     order: list[int] = []
     reached = 0.0
     costs = list(sensitivity.kl)
@@ -190,15 +230,13 @@ def greedy_removal(
             if best is not None and costs[candidate] >= costs[best]:
                 break
             if step:
-                gone = {*order, candidate}
-                gates = static_gates([j for j in range(routed) if j not in gone], routed)
-                divergence = reference.quality(forced_to(gates.to(device))).kl
-                costs[candidate] = divergence - reached
+                costs[candidate] = removals.kl_without(candidate) - reached
             if best is None or costs[candidate] < costs[best]:
                 best = candidate
         assert best is not None
         reached += costs[best]
         order.append(best)
+        removals.remove(best)
         open_.remove(best)
         progress("greedy removal", step + 1, removed, f"KL {reached:.3f}")
     return Greedy(order + sorted(open_, key=lambda j: costs[j]), costs)

@@ -6,9 +6,10 @@ first routed layer and the dense model's final hidden states, computed once.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -110,6 +111,20 @@ class Reference:
     def batches(self) -> list[tuple[Batch, Stem]]:
         """Batches with the residual stream at the first routed layer."""
         return [(part.batch, part.stem) for part in self._parts]
+
+    @torch.no_grad()
+    def beyond(self, layer: int, make_pass: Callable[[Batch], Pass]) -> Reference:
+        """The same reference from decoder layer ``layer`` on, with what a pass does below it done.
+
+        What is measured there costs only the layers from there on.
+        """
+        other = copy.copy(self)
+        other.split = self.split.cut_at(layer)
+        other._parts = [
+            replace(part, stem=self.split.advance(part.stem, layer, make_pass(part.batch)))
+            for part in self._parts
+        ]
+        return other
 
     def quality(self, make_pass: Callable[[Batch], Pass | None]) -> Quality:
         """Measure the model as routed by ``make_pass(batch)``; None is the dense model."""

@@ -6,6 +6,7 @@ without gradients, and serves the teacher, the student and every baseline.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -149,6 +150,21 @@ class SplitModel:
             )
         normed: Tensor = self._norm(hidden)
         return normed
+
+    def cut_at(self, layer: int) -> SplitModel:
+        """The same model cut before decoder layer ``layer``, which is in the upper part."""
+        other = copy.copy(self)
+        other.upper = [(number, module) for number, module in self.upper if number >= layer]
+        return other
+
+    def advance(self, stem: Stem, layer: int, routing: Pass) -> Stem:
+        """The stem of `cut_at` ``layer``: the residual stream there under this pass."""
+        hidden = stem.hidden
+        for number, module in self.upper:
+            if number == layer:
+                break
+            hidden = module(hidden, **stem.arguments[number], routing=routing)
+        return Stem(hidden, stem.arguments)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits from final hidden states, [..., hidden] -> [..., vocabulary]."""

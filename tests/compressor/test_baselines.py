@@ -15,6 +15,8 @@ from torch import Tensor
 
 from mskip.compressor.baselines import (
     Sensitivity,
+    forced_to,
+    greedy_removal,
     kept_of,
     measure_sensitivity,
     router_inputs,
@@ -27,6 +29,7 @@ from mskip.compressor.recipe import RouterSpec
 from mskip.compressor.router import Routers
 from mskip.compressor.skipping import patched
 from mskip.compressor.starting import cost_logits, first_price, initialise, threshold
+from mskip.compressor.sublayers import Granularity, Sublayers
 
 LAYERS = [1, 2, 4]
 Kl = st.lists(st.floats(1e-6, 10), min_size=1, max_size=20)
@@ -127,6 +130,34 @@ def test_measuring_leaves_no_hook(
 
 
 # -- which to keep ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["attention", "mlp", "block"])
+def test_greedy_costs_are_those_of_whole_passes(
+    base: BaseModel, samples: list[Sample], granularity: Granularity
+) -> None:
+    """Removal after removal, and no other one that was measured would have been cheaper."""
+    sublayers = Sublayers([1, 2, 3, 4], granularity)
+    with patched(base.model, sublayers):
+        reference = Reference(base, 1, samples)
+        sensitivity = measure_sensitivity(reference, sublayers)
+        greedy = greedy_removal(reference, sensitivity, 3)
+
+        def kl(gone: list[int]) -> float:
+            kept = [index for index in range(4) if index not in gone]
+            return reference.quality(forced_to(static_gates(kept, 4))).kl
+
+        assert sorted(greedy.order) == [0, 1, 2, 3]
+        assert greedy.order[0] == sensitivity.order_by_kl()[0]
+        reached = 0.0
+        for step, index in enumerate(greedy.order[:3]):
+            before, after = greedy.order[:step], greedy.order[: step + 1]
+            reached += greedy.costs[index]
+            assert reached == pytest.approx(kl(after), rel=1e-4)
+            for other in set(range(4)) - set(after):
+                cheaper = kl([*before, other]) < kl(after) - 1e-6
+                # Only where its cost fell with a removal, which lazy greedy does not see.
+                assert not cheaper or kl([*before, other]) - kl(before) < sensitivity.kl[other]
 
 
 def test_what_is_kept() -> None:
