@@ -90,12 +90,11 @@ class RouterTrainer(CheckpointMixin, Trainer):
         if self.optimizer is None and objective.compensation is not None:
             kind, options = self.get_optimizer_cls_and_kwargs(self.args)
             routers = [p for p in objective.routers.parameters() if p.requires_grad]
+            maps = list(objective.compensation.parameters())
             self.optimizer = kind(
-                [
-                    {"params": routers, "weight_decay": self.args.weight_decay},
-                    {"params": list(objective.compensation.parameters()), "lr": self.refine_rate},
-                ],
-                **options,
+                [{"params": routers}, {"params": maps, "lr": self.refine_rate}],
+                # AdamW's own default is not 0.
+                **{**options, "weight_decay": self.args.weight_decay},
             )
         return super().create_optimizer()
 

@@ -196,7 +196,8 @@ def tune_run(
         dense = measure(base, bare, some, routed - kept_count(lowest, routed), progress)
     measured, orders = dense, dict(dense.orders)
     if sublayers.compensation is not None:
-        measured = compensate(base, recipe, sublayers, samples.tune, dense, progress)
+        asked = _asked_order(recipe, sublayers.layers, orders)
+        measured = compensate(base, recipe, sublayers, samples.tune, dense, progress, asked)
         orders["compensated"] = measured.greedy.order
     make = _static if recipe.method == "static" else tune_routers
     work = Work(
@@ -275,11 +276,24 @@ def compensate(
     samples: list[Sample],
     dense: Measured,
     progress: Progress,
+    order: list[int] | None = None,
 ) -> Measured:
     """Fit the maps, choose again what to remove with them in place, and fit once more.
 
     What is cheap to remove changes when something stands in for it, and a fit depends on
     what is removed below it.
+
+    Args:
+        base: the base model, not patched.
+        recipe: the resolved recipe.
+        sublayers: what is routed, with the maps to fit.
+        samples: tuning samples.
+        dense: what was measured with nothing in the place of a skip.
+        progress: shows every stage.
+        order: of removal that the last fit follows; None takes the one chosen here.
+
+    Returns:
+        What was measured with the maps in place.
     """
     removed = len(sublayers) - kept_count(recipe.routing.capacity, len(sublayers))
     with patched(base.model, sublayers):
@@ -292,30 +306,59 @@ def compensate(
         fit(dense.greedy.order)
         some = samples[: recipe.router.sensitivity_prompts]
         measured = measure(base, sublayers, some, removed, progress)
-        fit(measured.greedy.order)
+        fit(order or measured.greedy.order)
     return measured
 
 
+def _asked_order(
+    recipe: Recipe, layers: list[int], orders: dict[str, list[int]]
+) -> list[int] | None:
+    """Order of removal that a static recipe names; None where tuning is to find one."""
+    spec = recipe.static
+    if recipe.method == "routed":
+        return None
+    if spec.removed is None:
+        return None if spec.rule == "greedy" else orders[spec.rule]
+    gone = [layers.index(layer) for layer in spec.removed]
+    return gone + [index for index in orders["greedy"] if index not in gone]
+
+
 def _static(work: Work) -> tuple[Routers, dict[str, Any]]:
-    spec = work.recipe.static
-    # With something in the place of what is removed, another removal is the cheapest.
-    compensated = spec.rule == "greedy" and "compensated" in work.orders
-    rule: str = "compensated" if compensated else spec.rule
-    order = work.orders[rule]
-    if spec.removed is not None:
+    recipe, sublayers = work.recipe, work.sublayers
+    rule: str = recipe.static.rule
+    if recipe.static.removed is not None:
         rule = "given"
-        gone = [work.sublayers.layers.index(layer) for layer in spec.removed]
-        order = gone + [index for index in order if index not in gone]
-        work.orders[rule] = order
-    routers = Routers(work.sublayers, work.measured.inputs.shape[2])
+    elif rule == "greedy" and "compensated" in work.orders:
+        # With something in the place of what is removed, another removal is the cheapest.
+        rule = "compensated"
+    order = _asked_order(recipe, sublayers.layers, work.orders) or work.orders[rule]
+    work.orders[rule] = order
+    routers = Routers(sublayers, work.measured.inputs.shape[2]).to(work.base.model.device)
+    constant = constant_logits(order).to(routers.bias)
+    trace: list[dict[str, float]] = []
+    if recipe.compensation.refine and sublayers.compensation is not None:
+        # The decisions stand, the maps are trained under them.
+        kept = kept_of(order, kept_count(recipe.routing.capacity, len(order)))
+        with torch.no_grad():
+            routers.bias.copy_(static_gates(kept, len(order))[0].to(constant) - 0.5)
+        outcome = tune(
+            work.base,
+            routers,
+            work.samples.tune,
+            recipe.tuning.model_copy(update={"noise_until": 0.0}),
+            recipe.routing.capacity,
+            work.checkpoints / "main",
+            refine_rate=recipe.compensation.learning_rate,
+            fixed=True,
+            resume=work.resume,
+            progress=lambda _, done, total, note="": work.progress(
+                "refine compensation", done, total, note
+            ),
+        )
+        trace = outcome.trace_json()
     with torch.no_grad():
-        routers.bias.copy_(constant_logits(order))
-    return routers.to(work.base.model.device), {
-        "rule": rule,
-        "trace": [],
-        "targets": [],
-        "worth": None,
-    }
+        routers.bias.copy_(constant)
+    return routers, {"rule": rule, "trace": trace, "targets": [], "worth": None}
 
 
 def tune_routers(work: Work) -> tuple[Routers, dict[str, Any]]:

@@ -118,6 +118,7 @@ def tune(
     checkpoints: Path,
     *,
     refine_rate: float | None = None,
+    fixed: bool = False,
     start_price: float = 0.0,
     resume: bool = False,
     progress: Progress = silent,
@@ -132,6 +133,7 @@ def tune(
         target: wanted capacity, 0..1.
         checkpoints: folder of the checkpoints.
         refine_rate: highest learning rate of the compensation, which is then trained too.
+        fixed: the routers stay as they are, and only the compensation is trained.
         start_price: where the capacity multiplier begins, nats per unit of capacity.
         resume: go on from the newest checkpoint in the folder, if there is one.
         progress: one unit an optimiser step.
@@ -168,8 +170,8 @@ def tune(
         ddp_find_unused_parameters=False,
     )
     routers.train()
-    routers.requires_grad_(True)
-    routers.bias.requires_grad_(routers.trains_bias)
+    routers.requires_grad_(not fixed)
+    routers.bias.requires_grad_(routers.trains_bias and not fixed)
     objective = RouterObjective(base, routers, spec, samples, refine=refine_rate is not None)
     trainer = RouterTrainer(
         objective,

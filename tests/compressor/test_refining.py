@@ -204,3 +204,23 @@ def test_checkpointing_layers_changes_nothing(
     for ours, theirs in ((maps(again), maps(plain)), (again.routers, plain.routers)):
         for name, value in theirs.state_dict().items():
             torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=1e-6)
+
+
+def test_fixed_routers_stay_and_the_maps_learn(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    samples = make_samples(24)
+    routers = start(base, samples)
+    with torch.no_grad():
+        routers.bias.copy_(torch.tensor([0.5, -0.5, -0.5]))
+    before = copy.deepcopy(routers.state_dict())
+    maps_before = copy.deepcopy(maps(Tuned(routers)).state_dict())
+    spec = TuningSpec(bf16=False, max_steps=8, noise_until=0.0)
+    outcome = tune(base, routers, samples, spec, 0.5, tmp_path, refine_rate=RATE, fixed=True)
+    for name, value in outcome.routers.state_dict().items():
+        assert torch.equal(value, before[name])
+    down = maps(outcome).down
+    # What always executes has no use for its map; what is always skipped has.
+    assert torch.equal(down[0], maps_before["down"][0])
+    assert not torch.equal(down[1], maps_before["down"][1])
+    assert {step.capacity for step in outcome.trace} == {pytest.approx(1 / 3)}

@@ -115,6 +115,22 @@ def test_static_artefact_decides_alike_for_every_prompt(static: Run, tiny: BaseM
     own = rows["this run (static) + rank 4"]
     assert own["kl"] == pytest.approx(rows["static (given) + rank 4"]["kl"], rel=1e-5)
     assert rows["static (given)"]["layers_removed"] == [2]
+    assert static.report("tune", "")["rule"] == "given"
+
+
+def test_static_artefact_with_refined_maps(
+    tiny: BaseModel, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    changed = {**recipe.model_dump(), "method": "static"}
+    changed["compensation"].update(refine=True, learning_rate=0.01)
+    run = Run(tmp_path / "run")
+    report = tune_run(run, Recipe.model_validate(changed), tiny)
+    assert report["rule"] == "compensated"
+    assert len(report["trace"]) == 4
+    calibration = calibrate_run(run, tiny, Goal("capacity", 1 / 3), per_layer=False)
+    assert {row["constant"] for row in calibration["layers"]} == {"execute", "skip"}
+    assert calibration["capacity"]["held_out"] == pytest.approx(1 / 3)
 
 
 def test_static_artefact_keeps_a_limit(static: Run, tiny: BaseModel) -> None:
