@@ -125,6 +125,7 @@ def main() -> None:
     common = [
         f"data.source={arguments.data}", "tuning.max_length=224", "tuning.epochs=4",
         "tuning.check_targets=[]", "router.sensitivity_prompts=16",
+        "compensation.rank=0", "compensation.refine=false",
         f"data.calibration={held}", f"data.held_out={held}", *arguments.overrides,
     ]  # fmt: skip
     first = load_recipe(arguments.recipe, common)
