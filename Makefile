@@ -16,7 +16,7 @@ demo: $(VENV)/demo.ready
 	$(BIN)/mskip run smollm2-135m --quick
 
 test: $(VENV)/dev.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(VENV)/dev.ready
 	$(BIN)/ruff check .
