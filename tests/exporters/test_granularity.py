@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LAYERS = [1, 2]
 TAU = [0.5, 0.5]
 CASES: list[tuple[Granularity, int]] = [
-    ("attention", 4), ("mlp", 0), ("mlp", 32), ("block", 0), ("block", 4),
+    ("attention", 4), ("mlp", 32), ("block", 0), ("block", 4),
 ]  # fmt: skip
 
 
