@@ -27,10 +27,10 @@ from mskip.compressor.data import split_samples
 from mskip.compressor.evaluation import Reference
 from mskip.compressor.files import write_json
 from mskip.compressor.models import load_base
+from mskip.compressor.patching import patched
 from mskip.compressor.recipe import Recipe, load_recipe
 from mskip.compressor.router import Routers
 from mskip.compressor.samples import Samples, read_samples
-from mskip.compressor.skipping import patched
 from mskip.compressor.tune_step import (
     Measured,
     Work,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -77,22 +76,17 @@ def announce_memory(recipe: Recipe) -> None:
 def _config(spec: ModelSpec) -> dict[str, Any] | None:
     """Of the text model, where a supported model's folder is at hand."""
     from mskip.compressor.embedded import PREFIX, converted_folder
-    from mskip.compressor.errors import ModelError
     from mskip.compressor.families import family_of
+    from mskip.compressor.models import text_entries
 
     folder = Path(spec.name).expanduser()
     if spec.name.startswith(PREFIX):
         folder = converted_folder(spec.name)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = {**config, **config.get("text_config", {})}
-        config["num_hidden_layers"] = int(config["num_hidden_layers"])
-        bare = SimpleNamespace(config=SimpleNamespace(**config))
-        family_of(cast("PreTrainedModel", bare))  # it reads the configuration alone
-    except OSError:
+    if not (folder / "config.json").is_file():
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder / 'config.json'} is damaged: {error}") from error
+    config = text_entries(folder, trust_remote_code=spec.trust_remote_code)
+    bare = SimpleNamespace(config=SimpleNamespace(**config))
+    family_of(cast("PreTrainedModel", bare))  # it reads the configuration alone
     return config
 
 

@@ -29,21 +29,15 @@ def fetch(spec: ModelSpec) -> None:
 
 
 def text_config(spec: ModelSpec) -> dict[str, Any]:
-    """``config.json`` of a base model, of the text part where there are several; fetched first.
+    """`text_entries` of a base model, which is fetched first.
 
     Raises:
         ModelError: the model cannot be had, or its configuration is damaged.
     """
-    from mskip.compressor.errors import ModelError
-    from mskip.compressor.models import model_folder
+    from mskip.compressor.models import model_folder, text_entries
 
     fetch(spec)
-    path = model_folder(spec) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return {**config, **config.get("text_config", {})}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{path} is damaged: {error}") from error
+    return text_entries(model_folder(spec), trust_remote_code=spec.trust_remote_code)
 
 
 def load_model(spec: ModelSpec, progress: Progress) -> BaseModel:

@@ -82,19 +82,21 @@ class _CosinePass:
         self.adds = sublayers.granularity != "block"
         self._residual: dict[int, Tensor] = {}
         family, model = reference.split.family, reference.split.model
+        self.factor = family.residual_factor_of(model)
+        norms = [family.norm_of(model, layer, sublayers.granularity) for layer in sublayers.layers]
         self._hooks = [
-            family.norm_of(model, layer, sublayers.granularity).register_forward_pre_hook(
-                _Catcher(self._residual, index)
-            )
-            for index, layer in enumerate(sublayers.layers)
+            norm.register_forward_pre_hook(_Catcher(self._residual, index))
+            for index, norm in enumerate(norms)
+            if norm is not None
         ]
 
     def __call__(self, call: Call) -> Tensor:
         output = call.execute(None)
-        before = self._residual[call.index][self.mask].float()
+        # Where no norm stands before it, the sublayer is given the residual stream itself.
+        before = self._residual.get(call.index, call.hidden)[self.mask].float()
         after = output[self.mask].float()
         if self.adds:
-            after = after + before
+            after = before + self.factor * after
         self.sums[call.index] = torch.cosine_similarity(before, after, dim=-1).sum().cpu()
         return output
 

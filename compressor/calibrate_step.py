@@ -20,10 +20,10 @@ from mskip.compressor.errors import RecipeError
 from mskip.compressor.evaluation import Reference
 from mskip.compressor.goals import Goal, capacity_for_speedup, least_capacity
 from mskip.compressor.models import BaseModel
+from mskip.compressor.patching import patched
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.router import Routers
 from mskip.compressor.samples import Samples, run_samples
-from mskip.compressor.skipping import patched
 from mskip.compressor.token_calibration import (
     executed_share,
     find_token_tau,

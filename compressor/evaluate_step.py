@@ -13,10 +13,10 @@ from mskip.compressor.baselines import forced_to, kept_count, kept_of, static_ga
 from mskip.compressor.encoding import Sample
 from mskip.compressor.evaluation import Quality, Reference
 from mskip.compressor.models import BaseModel
+from mskip.compressor.patching import patched
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.recipe import Recipe
 from mskip.compressor.samples import Samples, read_samples, run_samples
-from mskip.compressor.skipping import patched
 from mskip.compressor.units import routed_passes
 
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mskip.compressor.errors import ModelError
@@ -23,41 +24,62 @@ from mskip.compressor.sublayers import Granularity
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
+Names = str | tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class Family:
     """Where one architecture keeps what routing touches.
+
+    Where a name is a tuple, the first one that a layer has is meant: some architectures name
+    their parts differently from one configuration to another.
 
     Attributes:
         model_type: ``config.model_type`` of the architecture.
         layers: path of the decoder layers' ``ModuleList``.
         attention: name of the attention module within a layer; its first
             argument ``hidden_states`` is the post-layernorm hidden state.
-        attention_norm: name of the norm before the attention, which is the layer's first step.
+        attention_norm: name of the norm before the attention; None where the attention is
+            given the residual stream itself.
         attention_post_norm: name of the norm between the attention and the residual stream;
             None where there is none.
         mlp: name of the MLP within a layer; it takes the normed hidden state alone.
-        mlp_norm: name of the norm before the MLP.
+        mlp_norm: name of the norm before the MLP; None as above.
         mlp_post_norm: name of the norm between the MLP and the residual stream.
+        cache: name by which layers and attention are handed the KV cache.
+        layer_gives_tuple: a layer returns ``(hidden, ...)`` rather than the hidden state.
         final_norm: path of the norm before the head.
         head: path of the language-model head.
         logit_cap: configuration entry c by which logits become ``c * tanh(logits / c)``.
+        logit_factor: configuration entry by which the head's output is multiplied.
+        logit_divisor: configuration entry by which the head's output is divided.
+        residual_factor: configuration entry by which a sublayer's output is multiplied
+            before it is added to the residual stream.
         layer_types: kinds of attention layer for which the row is right.
+        granularities: what may be routed.
+        on: configuration entries that must be set and true.
         off: configuration entries that must be unset or false.
     """
 
     model_type: str
     layers: str = "model.layers"
     attention: str = "self_attn"
-    attention_norm: str = "input_layernorm"
+    attention_norm: Names | None = "input_layernorm"
     attention_post_norm: str | None = None
     mlp: str = "mlp"
-    mlp_norm: str = "post_attention_layernorm"
+    mlp_norm: Names | None = "post_attention_layernorm"
     mlp_post_norm: str | None = None
+    cache: str = "past_key_values"
+    layer_gives_tuple: bool = False
     final_norm: str = "model.norm"
     head: str = "lm_head"
     logit_cap: str | None = None
+    logit_factor: str | None = None
+    logit_divisor: str | None = None
+    residual_factor: str | None = None
     layer_types: frozenset[str] = frozenset({FULL})
+    granularities: frozenset[Granularity] = frozenset({"attention", "mlp", "block"})
+    on: tuple[str, ...] = ()
     off: tuple[str, ...] = ()
 
     def decoder_layers(self, model: PreTrainedModel) -> list[nn.Module]:
@@ -75,10 +97,14 @@ class Family:
             return block
         return block.get_submodule(self.attention if kind == "attention" else self.mlp)
 
-    def norm_of(self, model: PreTrainedModel, layer: int, kind: Granularity) -> nn.Module:
-        """The norm that gives the sublayer's input; its own input is the residual stream."""
-        name = self.mlp_norm if kind == "mlp" else self.attention_norm
-        return model.get_submodule(f"{self.layers}.{layer}.{name}")
+    def norm_of(self, model: PreTrainedModel, layer: int, kind: Granularity) -> nn.Module | None:
+        """The norm that gives the sublayer's input; its own input is the residual stream.
+
+        None where the residual stream is the sublayer's input. Of a block it is the norm
+        before its attention.
+        """
+        names = self.mlp_norm if kind == "mlp" else self.attention_norm
+        return None if names is None else _first(self.sublayer_of(model, layer, "block"), names)
 
     def post_norm_of(
         self, model: PreTrainedModel, layer: int, kind: Granularity
@@ -88,12 +114,52 @@ class Family:
         name = names.get(kind)
         return None if name is None else model.get_submodule(f"{self.layers}.{layer}.{name}")
 
-    def logit_cap_of(self, model: PreTrainedModel) -> float | None:
-        """The bound c of ``c * tanh(logits / c)``; None where logits are the head's output."""
-        return None if self.logit_cap is None else getattr(model.config, self.logit_cap, None)
+    def hidden_of(self, output: Any) -> Tensor:
+        """The hidden state in what a layer returned."""
+        hidden: Tensor = output[0] if self.layer_gives_tuple else output
+        return hidden
+
+    def residual_factor_of(self, model: PreTrainedModel) -> float:
+        """What a sublayer's output is multiplied by before it joins the residual stream."""
+        name = self.residual_factor
+        return 1.0 if name is None else float(getattr(model.config, name))
+
+    def logits_of(self, model: PreTrainedModel, hidden: Tensor) -> Tensor:
+        """The model's logits from final hidden states, [..., hidden] -> [..., vocabulary]."""
+        config = model.config
+        logits: Tensor = model.get_submodule(self.head)(hidden)
+        if self.logit_factor is not None:
+            logits = logits * getattr(config, self.logit_factor)
+        if self.logit_divisor is not None:
+            logits = logits / getattr(config, self.logit_divisor)
+        cap = None if self.logit_cap is None else getattr(config, self.logit_cap, None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def _first(block: nn.Module, names: Names) -> nn.Module:
+    every = (names,) if isinstance(names, str) else names
+    found = next((m for m in (getattr(block, name, None) for name in every) if m is not None), None)
+    if found is None:
+        raise ModelError(f"a {type(block).__name__} has none of: {', '.join(every)}.")
+    return cast(nn.Module, found)
 
 
 _EITHER = frozenset({FULL, SLIDING})
+
+_ATTENTION_ONLY: frozenset[Granularity] = frozenset({"attention"})
+
+# Norms before and after each sublayer; what Llama calls the norm before the MLP is here the
+# norm after the attention.
+_SANDWICH: dict[str, Any] = {
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+    "logit_cap": "final_logit_softcapping",
+    "layer_types": _EITHER,
+    # With bidirectional attention the answer would reach the prompt's hidden states, from
+    # which decisions are taken.
+    "off": ("use_bidirectional_attention",),
+}
 
 FAMILIES: dict[str, Family] = {
     row.model_type: row
@@ -101,18 +167,55 @@ FAMILIES: dict[str, Family] = {
         Family("llama"),
         Family("mistral", layer_types=_EITHER),
         Family("qwen2", layer_types=_EITHER),
-        # Norms before and after each sublayer; what Llama calls the norm before the MLP is
-        # here the norm after the attention. With bidirectional attention the answer would
-        # reach the prompt's hidden states, from which decisions are taken.
+        Family("qwen3", layer_types=_EITHER),
+        Family("smollm3", layer_types=_EITHER),
+        Family("phi3", layer_types=_EITHER),
+        Family("granite", residual_factor="residual_multiplier", logit_divisor="logits_scaling"),
+        Family("gemma2", **_SANDWICH),
+        Family("gemma3_text", **_SANDWICH),
+        # Norms after the sublayers only: these are given the residual stream itself.
         Family(
-            "gemma3_text",
+            "olmo2",
+            attention_norm=None,
             attention_post_norm="post_attention_layernorm",
-            mlp_norm="pre_feedforward_layernorm",
+            mlp_norm=None,
             mlp_post_norm="post_feedforward_layernorm",
-            logit_cap="final_logit_softcapping",
-            layer_types=_EITHER,
-            off=("use_bidirectional_attention",),
         ),
+        # Attention and MLP in parallel by `use_parallel_residual`: both are added to the stream.
+        Family("stablelm", mlp_norm=("post_attention_layernorm", "input_layernorm")),
+        Family(
+            "gpt_neox",
+            layers="gpt_neox.layers",
+            attention="attention",
+            cache="layer_past",
+            final_norm="gpt_neox.final_layer_norm",
+        ),
+        # One norm feeds both attention and MLP.
+        Family("cohere", mlp_norm="input_layernorm", logit_factor="logit_scale"),
+        Family(
+            "falcon",
+            layers="transformer.h",
+            attention="self_attention",
+            attention_norm=("ln_attn", "input_layernorm"),
+            mlp_norm=("ln_mlp", "input_layernorm"),
+            cache="layer_past",
+            layer_gives_tuple=True,
+            final_norm="transformer.ln_f",
+            on=("new_decoder_architecture",),
+            off=("alibi",),
+        ),
+        Family(
+            "gpt2",
+            layers="transformer.h",
+            attention="attn",
+            attention_norm="ln_1",
+            mlp_norm="ln_2",
+            final_norm="transformer.ln_f",
+            off=("add_cross_attention",),
+        ),
+        # Which experts run is a routing of its own; theirs is left alone.
+        Family("mixtral", layer_types=_EITHER, granularities=_ATTENTION_ONLY),
+        Family("qwen3_moe", layer_types=_EITHER, granularities=_ATTENTION_ONLY),
     )
 }
 
@@ -153,6 +256,11 @@ def family_of(model: PreTrainedModel) -> Family:
         raise ModelError(
             f"this '{model_type}' model has layers other than {supported} "
             f"({', '.join(sorted(unknown))}), which its row does not support.",
+        )
+    if missing := [name for name in family.on if not getattr(config, name, None)]:
+        raise ModelError(
+            f"this '{model_type}' model is configured without {', '.join(missing)}, which its row "
+            "needs."
         )
     if on := [name for name in family.off if getattr(config, name, None)]:
         raise ModelError(

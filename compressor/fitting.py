@@ -11,7 +11,7 @@ all maps; the samples' residual streams are all that is held.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mskip.compressor.compensation import Compensation
 from mskip.compressor.evaluation import Reference
@@ -117,7 +117,7 @@ def fit_compensation(
             regression = Regression(compensation.hidden_size, streams[0].device)
             for (batch, stem), hidden in zip(reference.batches, streams, strict=True):
                 watch = _Watch()
-                layer(hidden, **stem.arguments[number], routing=watch)
+                split.run(layer, stem.arguments[number], watch, hidden)
                 output = watch.output
                 if sublayers.granularity == "block":
                     output = output - hidden
@@ -126,14 +126,7 @@ def fit_compensation(
             _set(compensation, index, regression, ridge)
             progress("compensation", index + 1, len(routed))
         for position, (_, stem) in enumerate(reference.batches):
-            streams[position] = _advance(layer, streams[position], stem.arguments[number], forced)
-
-
-def _advance(
-    layer: nn.Module, hidden: Tensor, arguments: dict[str, object], routing: ForcedPass
-) -> Tensor:
-    output: Tensor = layer(hidden, **arguments, routing=routing)
-    return output
+            streams[position] = split.run(layer, stem.arguments[number], forced, streams[position])
 
 
 def _set(compensation: Compensation, index: int, regression: Regression, ridge: float) -> None:

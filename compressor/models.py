@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -40,6 +41,7 @@ __all__ = [
     "load_base",
     "load_tokenizer",
     "model_folder",
+    "text_entries",
 ]
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
@@ -106,6 +108,35 @@ def folder_sha256(folder: Path) -> str:
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         digest.update(f"{path.name}:{sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def text_entries(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """A model folder's configuration, of the text part where there are several.
+
+    Sizes are under Llama's names whatever the architecture calls them: ``hidden_size``,
+    ``num_hidden_layers``, ``num_attention_heads``, ``intermediate_size``, ``vocab_size``.
+
+    Raises:
+        ModelError: it is missing, damaged, or of no architecture that transformers knows.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = config.get_text_config()
+        entries: dict[str, Any] = config.to_dict()
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+            entries[name] = int(getattr(config, name))
+        inner = next(
+            (size for name in _INNER if (size := getattr(config, name, None)) is not None), None
+        )
+        # GPT-2's file says nothing where it is what it was in the first Transformer.
+        entries["intermediate_size"] = 4 * entries["hidden_size"] if inner is None else int(inner)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{folder / 'config.json'} is damaged or unknown: {reason}") from error
+    return entries
+
+
+_INNER = ("intermediate_size", "ffn_hidden_size", "n_inner")
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mskip.compressor.families import Family, family_of
+from mskip.compressor.patching import by_name, passing, take_rows
 from mskip.compressor.routing import Pass
-from mskip.compressor.skipping import take_rows
 
 LayerArguments = dict[int, dict[str, Any]]
 """By decoder layer, what the model hands it beside the hidden state: mask, rotary tables.
@@ -83,8 +83,6 @@ class SplitModel:
         self._layers = list(enumerate(self.family.decoder_layers(model)))
         self.upper = self._layers[first:]
         self._norm = model.get_submodule(self.family.final_norm)
-        self._head = model.get_submodule(self.family.head)
-        self._cap = self.family.logit_cap_of(model)
 
     @torch.no_grad()
     def stem(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Stem:
@@ -112,13 +110,13 @@ class SplitModel:
 
         def note(number: int, given: Tensor, kwargs: dict[str, Any]) -> None:
             hidden.append(given)
-            # An attached model's own pass is not ours: `finish` is given one, or runs dense.
-            arguments[number] = {k: v for k, v in kwargs.items() if k != "routing"}
+            arguments[number] = kwargs
             if number == recorded[-1][0]:
                 raise _StemReached
 
-        recorders = {number: _Recorder(number, layer, note) for number, layer in recorded}
-        with _in_place(self._container, recorders), suppress(_StemReached):
+        as_tuple = self.family.layer_gives_tuple
+        recorders = {number: _Recorder(number, layer, note, as_tuple) for number, layer in recorded}
+        with in_place(self._container, recorders), suppress(_StemReached):
             self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -140,9 +138,8 @@ class SplitModel:
                 rest again; ``routing`` must then give the same twice.
         """
         hidden = stem.hidden
-        extra = {} if routing is None else {"routing": routing}
         for number, layer in self.upper:
-            run = partial(layer, **stem.arguments[number], **extra)
+            run = partial(self.run, layer, stem.arguments[number], routing)
             hidden = (
                 torch.utils.checkpoint.checkpoint(run, hidden, use_reentrant=False)
                 if checkpoint
@@ -150,6 +147,13 @@ class SplitModel:
             )
         normed: Tensor = self._norm(hidden)
         return normed
+
+    def run(
+        self, layer: nn.Module, arguments: dict[str, Any], routing: Pass | None, hidden: Tensor
+    ) -> Tensor:
+        """The residual stream after a layer of the upper part, under a pass."""
+        with passing(routing):
+            return self.family.hidden_of(layer(hidden, **arguments))
 
     def cut_at(self, layer: int) -> SplitModel:
         """The same model cut before decoder layer ``layer``, which is in the upper part."""
@@ -163,39 +167,42 @@ class SplitModel:
         for number, module in self.upper:
             if number == layer:
                 break
-            hidden = module(hidden, **stem.arguments[number], routing=routing)
+            hidden = self.run(module, stem.arguments[number], routing, hidden)
         return Stem(hidden, stem.arguments)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits from final hidden states, [..., hidden] -> [..., vocabulary]."""
-        output: Tensor = self._head(hidden)
-        if self._cap is not None:
-            output = torch.tanh(output / self._cap) * self._cap
-        return output
+        return self.family.logits_of(self.model, hidden)
 
 
 class _Recorder(nn.Module):
     """Stands in for a decoder layer, whose hooks therefore see nothing of it."""
 
     def __init__(
-        self, number: int, layer: nn.Module, note: Callable[[int, Tensor, dict[str, Any]], None]
+        self,
+        number: int,
+        layer: nn.Module,
+        note: Callable[[int, Tensor, dict[str, Any]], None],
+        as_tuple: bool,
     ) -> None:
         super().__init__()
         self.number = number
         self.note = note
+        self.as_tuple = as_tuple
         self.__dict__["layer"] = layer  # not as a submodule
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["layer"], name)  # models may ask a layer for its kind
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        hidden: Tensor = args[0] if args else kwargs.pop("hidden_states")
-        self.note(self.number, hidden, kwargs)
-        return hidden
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        named = dict(by_name(self.__dict__["layer"].forward, args, kwargs))
+        hidden: Tensor = named.pop("hidden_states")
+        self.note(self.number, hidden, named)
+        return (hidden, None) if self.as_tuple else hidden
 
 
 @contextmanager
-def _in_place(layers: nn.Module, others: Mapping[int, nn.Module]) -> Iterator[None]:
+def in_place(layers: nn.Module, others: Mapping[int, nn.Module]) -> Iterator[None]:
     """Put other modules in the places of some decoder layers for the duration of the block."""
     saved = dict(layers._modules)
     layers._modules.update({str(number): other for number, other in others.items()})

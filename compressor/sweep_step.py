@@ -13,10 +13,10 @@ from mskip.compressor.baselines import forced_to, kept_count, kept_of, static_ga
 from mskip.compressor.calibration import UnreachableError, find_tau
 from mskip.compressor.evaluation import Reference
 from mskip.compressor.models import BaseModel
+from mskip.compressor.patching import patched
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.router import Routers
 from mskip.compressor.samples import Samples, run_samples
-from mskip.compressor.skipping import patched
 from mskip.compressor.units import prompt_paths, routed_passes, ties_of
 
 CAPACITIES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)

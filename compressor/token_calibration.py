@@ -15,12 +15,13 @@ from mskip.compressor.calibration import Paths, find_tau
 from mskip.compressor.encoding import Batch, Sample
 from mskip.compressor.evaluation import PerSample, Quality, Reference
 from mskip.compressor.models import BaseModel
+from mskip.compressor.patching import patched
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.router import Routers
 from mskip.compressor.routing import EXECUTE
 from mskip.compressor.samples import batches_of
 from mskip.compressor.segments import SplitModel, Stem
-from mskip.compressor.skipping import as_tau, patched
+from mskip.compressor.skipping import as_tau
 from mskip.compressor.tokenwise import TokenPass, fresh_token_decisions, require_masks
 
 

@@ -27,6 +27,7 @@ class TokenCall:
             do not see each other (MLP).
         skip: what it gives where it is skipped, of the tokens in a [batch, sequence] bool:
             [n, hidden].
+        cache: name of the KV cache among the arguments.
     """
 
     def __init__(
@@ -36,11 +37,13 @@ class TokenCall:
         arguments: dict[str, Any],
         layer: int | None,
         skip: Callable[[Tensor], Tensor],
+        cache: str,
     ) -> None:
         self.hidden = hidden
+        self.arguments = arguments
         self.skip = skip
         self._run = run
-        self._arguments = arguments
+        self._cache = cache
         self._layer = layer
 
     def execute(self, gate: Tensor) -> Tensor:
@@ -60,7 +63,7 @@ class TokenCall:
         """
         if self._layer is None:
             chosen = self.hidden[gate]
-            return self._run(chosen.unsqueeze(0), self._arguments)[0] if len(chosen) else chosen
+            return self._run(chosen.unsqueeze(0), self.arguments)[0] if len(chosen) else chosen
         counts: list[int] = gate.sum(1).tolist()
         cached = self._cached(self._layer)
         output = self._attend(gate, counts, cached) if any(counts) else self.hidden[:0, 0]
@@ -84,20 +87,20 @@ class TokenCall:
             ValueError: the call has a cache.
         """
         if self._layer is None:
-            return self._run(self.hidden, self._arguments)
-        if self._arguments.get("past_key_values") is not None:
+            return self._run(self.hidden, self.arguments)
+        if self.arguments.get(self._cache) is not None:
             raise ValueError("tokens are all run only where there is no cache: use_cache=False")
         column = torch.arange(visible.shape[1], device=visible.device)
         allowed = visible[:, None, :] & (column <= column[:, None])
         mask = _restricted(
-            _four_dimensional(self._arguments.get("attention_mask")),
+            _four_dimensional(self.arguments.get("attention_mask")),
             allowed[:, None],
             (column == column[:, None])[None, None],
         )
-        return self._run(self.hidden, {**self._arguments, "attention_mask": mask})
+        return self._run(self.hidden, {**self.arguments, "attention_mask": mask})
 
     def _cached(self, layer: int) -> TokenLayer | None:
-        cache = self._arguments.get("past_key_values")
+        cache = self.arguments.get(self._cache)
         if cache is None:
             return None
         cached = cache.layers[layer]
@@ -118,10 +121,10 @@ class TokenCall:
         index = order[:, : max(counts)]
         offset = 0 if cached is None else cached.seen
         after = {row: index[n, : counts[row]] + offset for n, row in enumerate(some)}
-        arguments = dict(self._arguments)
+        arguments = dict(self.arguments)
         if cached is not None:
             after = {row: torch.cat([cached.columns[row], new]) for row, new in after.items()}
-            arguments["past_key_values"] = _Appended(cached, after)
+            arguments[self._cache] = _Appended(cached, after)
         held = [len(columns) for columns in after.values()]
         mask = _four_dimensional(arguments.pop("attention_mask", None))
         seen = offset + positions

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mskip.compressor.patching import Patch, by_name
 from mskip.compressor.router import Routers
-from mskip.compressor.skipping import Patch, as_tau, by_name, cache_of_call, real_positions
+from mskip.compressor.skipping import as_tau, cache_of_call, real_positions
 from mskip.compressor.sublayers import require_unit
 from mskip.compressor.token_cache import TokenCache
 from mskip.compressor.tokenwise import TokenPass, fresh_token_decisions, require_masks
@@ -71,7 +72,7 @@ class TokenSkip:
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        kwargs = by_name(module, args, kwargs)
+        kwargs = by_name(module.forward, args, kwargs)
         if "routing" in kwargs:
             # The model would make a cache of its own, which cannot hold single tokens.
             kwargs.setdefault("use_cache", kwargs.get("past_key_values") is not None)

@@ -34,11 +34,11 @@ from mskip.compressor.errors import RecipeError
 from mskip.compressor.evaluation import Reference
 from mskip.compressor.fitting import fit_compensation
 from mskip.compressor.models import BaseModel
+from mskip.compressor.patching import patched
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.recipe import CompensationSpec, Recipe
 from mskip.compressor.router import Routers
 from mskip.compressor.samples import Samples, run_samples
-from mskip.compressor.skipping import patched
 from mskip.compressor.starting import first_price, initialise
 from mskip.compressor.sublayers import Sublayers
 from mskip.compressor.tokenwise import require_masks

@@ -23,10 +23,10 @@ from mskip.compressor.errors import MskipError
 from mskip.compressor.loss import RouterObjective
 from mskip.compressor.models import BaseModel
 from mskip.compressor.objective import CapacityHinge, CapacityMultiplier, Step
+from mskip.compressor.patching import patched
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.recipe import TuningSpec
 from mskip.compressor.router import Routers
-from mskip.compressor.skipping import patched
 from mskip.compressor.trainer import Collator, Constraint, RouterTrainer
 
 

@@ -24,6 +24,7 @@ from mskip.compressor.compensation import low_rank_map
 from mskip.compressor.families import family_of
 from mskip.compressor.router import prompt_mean
 from mskip.compressor.sublayers import Sublayers
+from mskip.exporters.arguments import BATCH, PAST, POSITIONS, Arguments
 from mskip.exporters.contract import Contract
 
 # Folding may compute shapes, never weights: a folded weight is a second copy.
@@ -102,11 +103,15 @@ class GraphCache:
 def body_weights(model: PreTrainedModel, sublayers: Sublayers, layer: int) -> dict[str, Tensor]:
     """What a routed layer's body reads, by name, in the order in which it takes it.
 
-    The parameters of the sublayer, then ``compensation.down``, ``.up`` and ``.bias`` where a
-    skip is compensated.
+    The parameters of the sublayer, ``post_norm.`` those of the norm after it where there is
+    one, then ``compensation.down``, ``.up`` and ``.bias`` where a skip is compensated.
     """
-    module = family_of(model).sublayer_of(model, layer, sublayers.granularity)
+    family, kind = family_of(model), sublayers.granularity
+    module = family.sublayer_of(model, layer, kind)
     weights = {name: p.detach() for name, p in module.named_parameters()}
+    after = family.post_norm_of(model, layer, kind)
+    if after is not None:
+        weights.update({f"post_norm.{name}": p.detach() for name, p in after.named_parameters()})
     if sublayers.compensation is not None:
         parts = sublayers.compensation.parts(sublayers.layers.index(layer))
         weights.update({f"compensation.{name}": part.detach() for name, part in parts.items()})
@@ -118,15 +123,15 @@ class Body:
     """A routed sublayer's traces.
 
     Attributes:
-        execute: runs the sublayer on chosen rows, and skips the others.
-        dense: runs it on all rows, for graphs that always execute.
+        execute: runs the sublayer on all rows of what it is given.
         skip: what it gives where it is skipped, for all rows; None where that is nothing
             (attention, MLP) or the residual stream itself (block).
+        shared: which of the sublayer's tensor arguments are the same for all rows.
     """
 
     execute: ir.Model
-    dense: ir.Model
     skip: ir.Model | None
+    shared: list[bool]
 
 
 class _Skip:
@@ -138,15 +143,15 @@ class _Skip:
         family = family_of(model)
         self.norm = family.norm_of(model, layer, self.kind)
         block = family.sublayer_of(model, layer, "block")
-        (name,) = [name for name, module in block.named_modules() if module is self.norm]
-        self.norm_weights = f"{name}."
+        names = [name for name, module in block.named_modules() if module is self.norm]
+        self.norm_weights = f"{names[0]}." if names else ""
 
     def __call__(self, hidden: Tensor, weights: dict[str, Tensor]) -> Tensor:
         block = self.kind == "block"
         if not self.compensated:
             return hidden if block else torch.zeros_like(hidden)
         inner = hidden
-        if block:
+        if block and self.norm is not None:
             named = {
                 name.removeprefix(self.norm_weights): value
                 for name, value in weights.items()
@@ -161,80 +166,59 @@ class _Skip:
 
 
 class _SublayerBody(nn.Module):
-    """One sublayer over chosen rows; its weights are arguments."""
+    """One sublayer; its weights are arguments."""
 
     def __init__(
-        self, model: PreTrainedModel, sublayers: Sublayers, layer: int, *, rows: bool
+        self, model: PreTrainedModel, sublayers: Sublayers, layer: int, arguments: Arguments
     ) -> None:
         super().__init__()
-        family = family_of(model)
-        # Not registered: a parameter of its own would become an initializer of the trace.
-        self.__dict__["sublayer"] = family.sublayer_of(model, layer, sublayers.granularity)
+        self.family = family_of(model)
         self.kind = sublayers.granularity
+        # Not registered: a parameter of its own would become an initializer of the trace.
+        self.__dict__["sublayer"] = self.family.sublayer_of(model, layer, self.kind)
+        self.__dict__["post_norm"] = self.family.post_norm_of(model, layer, self.kind)
+        self.arguments = arguments
         self.names = list(body_weights(model, sublayers, layer))
         self.layer = layer
-        self.rows = rows
-        self.skip = _Skip(model, sublayers, layer)
 
     def forward(
-        self,
-        rows: Tensor,
-        others: Tensor,
-        hidden: Tensor,
-        place: list[Tensor],
-        past: list[Tensor],
-        weights: list[Tensor],
+        self, hidden: Tensor, place: list[Tensor], past: list[Tensor], weights: list[Tensor]
     ) -> tuple[Tensor, ...]:
-        """Execute ``rows``, skip ``others``.
+        """Run the sublayer.
 
         Args:
-            rows: [n] int64, ignored where all rows run.
-            others: [batch - n] int64, read where a skip is compensated.
-            hidden: input of all rows, [batch, sequence, hidden]; of a block the residual stream.
-            place: cos and sin, [batch, sequence, head dim], and the mask, [batch, 1, sequence,
-                past + sequence]; nothing for an MLP.
-            past: keys and values of ``rows``, [n, kv heads, past, head dim]; likewise.
+            hidden: its input, [batch, sequence, hidden]; of a block the residual stream.
+            place: the tensors among its arguments: rotary tables, [batch, sequence, dim], the
+                mask, [batch, 1, sequence, past + sequence], and what else the architecture
+                hands on; nothing for an MLP.
+            past: keys and values, [batch, kv heads, past, head dim]; nothing for an MLP.
             weights: see `body_weights`.
 
         Returns:
-            Output of all rows, and the present keys and values of ``rows``.
+            The output, and the present keys and values.
         """
         named = dict(zip(self.names, weights, strict=True))
-        own = {n: value for n, value in named.items() if not n.startswith("compensation.")}
-        whole = hidden
-        if self.rows:
-            hidden, *place = (x.index_select(0, rows) for x in (hidden, *place))
-        sublayer, cache = self.__dict__["sublayer"], None
-        if self.kind == "mlp":
-            output = torch.func.functional_call(sublayer, own, (hidden,))
-        else:
-            cos, sin, mask = place
+        own = {n: v for n, v in named.items() if not n.startswith(("compensation.", "post_norm."))}
+        cache = None
+        if self.kind != "mlp":
             cache = GraphCache([(past[0], past[1])] * (self.layer + 1), past[0].shape[2])
-            arguments = {
-                "hidden_states": hidden,
-                "position_embeddings": (cos, sin),
-                "attention_mask": mask,
-                "past_key_values": cache,
-            }
-            output = torch.func.functional_call(sublayer, own, (), arguments)
+        output = torch.func.functional_call(
+            self.__dict__["sublayer"], own, (hidden,), self.arguments.filled(place, cache)
+        )
         if self.kind == "attention":
             output = output[0]
-        if self.rows:
-            output = self._placed(output, whole, rows, others, named)
+        elif self.kind == "block":
+            output = self.family.hidden_of(output)
+        after = self.__dict__["post_norm"]
+        if after is not None:
+            prefix = "post_norm."
+            norm = {n.removeprefix(prefix): v for n, v in named.items() if n.startswith(prefix)}
+            output = torch.func.functional_call(after, norm, (output,))
         if cache is None:
             return (output,)
         present = cache.present[self.layer]
         assert present is not None
         return (output, *present)
-
-    def _placed(
-        self, output: Tensor, whole: Tensor, rows: Tensor, others: Tensor, named: dict[str, Tensor]
-    ) -> Tensor:
-        base = whole if self.kind == "block" else torch.zeros_like(whole)
-        if self.skip.compensated:
-            instead = self.skip(whole.index_select(0, others), named)
-            base = base.index_copy(0, others, instead)
-        return base.index_copy(0, rows, output)
 
 
 class _SkipBody(nn.Module):
@@ -253,7 +237,10 @@ class _ScoreBody(nn.Module):
 
 
 def trace_bodies(
-    model: PreTrainedModel, sublayers: Sublayers, contract: Contract
+    model: PreTrainedModel,
+    sublayers: Sublayers,
+    contract: Contract,
+    arguments: dict[int, Arguments],
 ) -> dict[int, Body]:
     """The bodies of the routed layers, by decoder layer; layers of one shape share theirs.
 
@@ -261,6 +248,7 @@ def trace_bodies(
         model: a supported causal LM, not patched, on the CPU.
         sublayers: what is routed.
         contract: the routed graph's contract.
+        arguments: how the model calls them, see `record_arguments`.
     """
     known: dict[Any, Body] = {}
     bodies = {}
@@ -268,59 +256,62 @@ def trace_bodies(
         key = _shape_of(model, sublayers, layer)
         if key not in known:
             compensated = sublayers.compensation is not None
+            given = arguments[layer]
             known[key] = Body(
-                _trace(model, sublayers, layer, contract, rows=True),
-                _trace(model, sublayers, layer, contract, rows=False),
+                _trace(model, sublayers, layer, contract, given),
                 _trace_skip(model, sublayers, layer, contract) if compensated else None,
+                [tensor.shape[0] != BATCH for tensor in given.examples],
             )
         bodies[layer] = known[key]
     return bodies
 
 
 def _shape_of(model: PreTrainedModel, sublayers: Sublayers, layer: int) -> tuple[Any, ...]:
-    """What makes two layers' sublayers the same body: class, weights' shapes, kind of layer."""
-    sublayer = family_of(model).sublayer_of(model, layer, sublayers.granularity)
-    kinds = getattr(model.config, "layer_types", None)
-    weights = tuple((name, tuple(p.shape)) for name, p in sublayer.named_parameters())
-    return type(sublayer), weights, kinds[layer] if kinds else None
+    """What makes two layers' sublayers the same body: classes, settings and weights' shapes."""
+    family, kind = family_of(model), sublayers.granularity
+    modules = [family.sublayer_of(model, layer, kind), family.post_norm_of(model, layer, kind)]
+    return tuple(traits(module) for module in modules if module is not None)
+
+
+def traits(module: nn.Module) -> tuple[Any, ...]:
+    """What makes two modules compute the same but for their weights, hashable."""
+    # Settings such as a layer's window, scale, or whether it rotates, are plain attributes.
+    settings = [
+        (path, type(part), name, value)
+        for path, part in module.named_modules()
+        for name, value in sorted(vars(part).items())
+        if name != "layer_idx" and isinstance(value, bool | int | float | str | None)
+    ]
+    weights = [(name, tuple(p.shape)) for name, p in module.named_parameters()]
+    return type(module), tuple(settings), tuple(weights)
 
 
 def _trace(
-    model: PreTrainedModel, sublayers: Sublayers, layer: int, contract: Contract, *, rows: bool
+    model: PreTrainedModel,
+    sublayers: Sublayers,
+    layer: int,
+    contract: Contract,
+    arguments: Arguments,
 ) -> ir.Model:
     weights = body_weights(model, sublayers, layer)
-    batch, positions, past = 3, 5, 7
-    chosen = 2 if rows else batch
     dim, heads, dtype = contract.head_dim, contract.kv_heads, model.dtype
     hidden = model.config.get_text_config().hidden_size
     cached = sublayers.granularity != "mlp"
-    place, caches = [], []
-    if cached:
-        place = [
-            torch.zeros(batch, positions, dim, dtype=dtype),
-            torch.zeros(batch, positions, dim, dtype=dtype),
-            torch.zeros(batch, 1, positions, past + positions, dtype=dtype),
-        ]
-        caches = [torch.zeros(chosen, heads, past, dim, dtype=dtype) for _ in range(2)]
+    caches = [torch.zeros(BATCH, heads, PAST, dim, dtype=dtype) for _ in range(2 if cached else 0)]
     args = (
-        torch.arange(chosen),
-        torch.arange(chosen, chosen + 2) % batch,
-        torch.zeros(batch, positions, hidden, dtype=dtype),
-        place,
+        torch.zeros(BATCH, POSITIONS, hidden, dtype=dtype),
+        arguments.examples,
         caches,
         list(weights.values()),
     )
-    two, kv = {0: _AUTO, 1: _AUTO}, {0: _AUTO, 2: _AUTO}
     shapes = (
-        {0: _AUTO}, {0: _AUTO}, two,
-        [two, two, {0: _AUTO, 2: _AUTO, 3: _AUTO}] if cached else [],
-        [kv, kv] if cached else [],
+        {0: _AUTO, 1: _AUTO}, arguments.dynamic_axes(), [{0: _AUTO, 2: _AUTO} for _ in caches],
         [None] * len(weights),
     )  # fmt: skip
-    inputs = ["rows", "others", "hidden"]
-    inputs += ["cos", "sin", "mask", "past_key", "past_value"] if cached else []
+    inputs = ["hidden", *(f"place.{number}" for number in range(len(arguments.examples)))]
+    inputs += ["past_key", "past_value"] if cached else []
     outputs = ["output", "present_key", "present_value"] if cached else ["output"]
-    body = _SublayerBody(model, sublayers, layer, rows=rows)
+    body = _SublayerBody(model, sublayers, layer, arguments)
     return to_ir(body, args, shapes, ([*inputs, *weights], outputs), contract.opset)
 
 
@@ -329,7 +320,7 @@ def _trace_skip(
 ) -> ir.Model:
     weights = body_weights(model, sublayers, layer)
     hidden = model.config.get_text_config().hidden_size
-    args = (torch.zeros(3, 5, hidden, dtype=model.dtype), list(weights.values()))
+    args = (torch.zeros(BATCH, POSITIONS, hidden, dtype=model.dtype), list(weights.values()))
     shapes = ({0: _AUTO, 1: _AUTO}, [None] * len(weights))
     names = ["hidden", *weights], ["output"]
     return to_ir(_SkipBody(model, sublayers, layer), args, shapes, names, contract.opset)

@@ -21,7 +21,9 @@ import mskip
 from mskip.compressor.sublayers import Granularity
 from mskip.exporters.bodies import Body
 from mskip.exporters.contract import UNSCORED, Contract
-from mskip.exporters.tracing import DOMAIN, SCORE, SUBLAYER, Traced
+from mskip.exporters.layers import DOMAIN, SCORE, SUBLAYER
+from mskip.exporters.splicing import DTYPES, bound, initializer, moved, renamed, substitute
+from mskip.exporters.tracing import Traced
 
 Weights = Callable[[int], dict[str, Tensor]]
 """Decoder layer -> what its body reads, by name; see `body_weights`."""
@@ -69,6 +71,7 @@ class _Builder:
         self.traced = traced
         self.weights = weights
         self.granularity = traced.contract.granularity
+        self._zero = ir.tensor(np.zeros(1, DTYPES[traced.contract.dtype].numpy()))
         self.model = traced.trunk.clone()
         self.graph = self.model.graph
 
@@ -79,7 +82,7 @@ class _Builder:
 
     def conditional_score(self, node: ir.Node) -> None:
         undecided, hidden, mask, weight, bias = _inputs(node)
-        then = self._branch(self.traced.score, [hidden, mask, weight, bias], f"{node.name}/")
+        then = bound(self.traced.score, [hidden, mask, weight, bias], f"{node.name}/")
         otherwise = tape.Tape()
         shape = otherwise.op("Shape", [mask], attributes={"start": 0, "end": 1})
         score = otherwise.op("Expand", [_constant(otherwise, np.float32(UNSCORED)), shape])
@@ -89,24 +92,13 @@ class _Builder:
         layer = _layer(node)
         body = self.traced.bodies[layer]
         gate, hidden, *place = _inputs(node)
-        place, past = place[:-2], place[-2:]
-        choose = tape.Tape()
-        rows, others = _numbers(choose, gate), gate
-        if body.skip is not None:
-            others = _numbers(choose, choose.op("Not", [gate]))
-        count = choose.op("Shape", [rows])
-        compact = []
-        for each in past:
-            # At prefill the past is empty and has any number of rows; while decoding
-            # it has one row for each executing sequence and this changes nothing.
-            tail = choose.op("Shape", [each], attributes={"start": 1})
-            shape = choose.op("Concat", [count, tail], attributes={"axis": 0})
-            compact.append(choose.op("Reshape", [each, shape]))
+        if self.granularity == "mlp":
+            place, past = [], []
+        else:
+            place, past = place[:-2], place[-2:]
         weights = self._weights(layer)
-        arguments = [rows, others, hidden, *place, *compact, *weights]
-        prefix = branch_prefix(layer, self.granularity)
-        then = self._branch(body.execute, arguments, prefix, list(choose.nodes))
-        otherwise = self._skip(layer, body, hidden, place, weights)
+        then = self._executed(layer, body, gate, hidden, place, past, weights)
+        otherwise = self._skip(layer, body, hidden, past, weights)
 
         top = tape.Tape()
         whole = top.op("Cast", [gate], attributes={"to": ir.DataType.INT32})
@@ -117,78 +109,132 @@ class _Builder:
         self.graph.insert_before(node, list(top.nodes))
         self._replace(node, condition, then, otherwise)
 
+    def _executed(
+        self,
+        layer: int,
+        body: Body,
+        gate: ir.Value,
+        hidden: ir.Value,
+        place: list[ir.Value],
+        past: list[ir.Value],
+        weights: list[ir.Value],
+    ) -> ir.Graph:
+        """The then-branch: the body on the executing rows, put among what a skip gives."""
+        prefix = branch_prefix(layer, self.granularity)
+        before = tape.Tape()
+        rows = _numbers(before, gate)
+
+        def taken(value: ir.Value) -> ir.Value:
+            return before.op("Gather", [value, rows], attributes={"axis": 0})
+
+        some = [
+            each if shared else taken(each)
+            for each, shared in zip([hidden, *place], [False, *body.shared], strict=True)
+        ]
+        count = before.op("Shape", [rows])
+        for each in past:
+            # At prefill the past is empty and has any number of rows; while decoding
+            # it has one row for each executing sequence and this changes nothing.
+            tail = before.op("Shape", [each], attributes={"start": 1})
+            shape = before.op("Concat", [count, tail], attributes={"axis": 0})
+            some.append(before.op("Reshape", [each, shape]))
+        graph = bound(body.execute, [*some, *weights], prefix, list(before.nodes))
+        output, *present = graph.outputs
+
+        after = tape.Tape()
+        base = hidden
+        if self.granularity != "block":
+            base = after.op("ConstantOfShape", [after.op("Shape", [hidden])], {"value": self._zero})
+        if body.skip is not None:
+            others = _numbers(after, after.op("Not", [gate]))
+            left = after.op("Gather", [hidden, others], attributes={"axis": 0})
+            skipped = bound(body.skip, [left, *weights], f"{prefix}others/")
+            (instead,) = skipped.outputs
+            # The nodes so far, then the skip's own, then what reads them.
+            graph.extend([*after.nodes, *moved(skipped, graph)])
+            after = tape.Tape()
+            base = _scattered(after, base, others, instead)
+        placed = _scattered(after, base, rows, output)
+        graph.extend(after.nodes)
+        graph.outputs.clear()
+        graph.outputs.extend([placed, *present])
+        renamed(graph, prefix)
+        return graph
+
     def _skip(
         self,
         layer: int,
         body: Body,
         hidden: ir.Value,
-        place: list[ir.Value],
+        past: list[ir.Value],
         weights: list[ir.Value],
     ) -> ir.Graph:
         """The else-branch: what a skip gives, and a cache without rows."""
         name = f"layers.{layer}.skip/"
         skip = tape.Tape()
         empty = []
-        if place:
-            contract, mask = self.traced.contract, place[-1]
+        if past:
+            contract = self.traced.contract
+            seen = skip.op("Shape", [past[0]], attributes={"start": 2, "end": 3})
+            new = skip.op("Shape", [hidden], attributes={"start": 1, "end": 2})
             parts = [
                 _constant(skip, np.array([0, contract.kv_heads], dtype=np.int64)),
-                skip.op("Shape", [mask], attributes={"start": 3}),
+                skip.op("Add", [seen, new]),
                 _constant(skip, np.array([contract.head_dim], dtype=np.int64)),
             ]
             shape = skip.op("Concat", parts, attributes={"axis": 0})
-            empty = [skip.op("ConstantOfShape", [shape])]
+            empty = [skip.op("ConstantOfShape", [shape], attributes={"value": self._zero})]
             empty.append(skip.op("Identity", empty))
         if body.skip is not None:
-            graph = self._branch(body.skip, [hidden, *weights], name, list(skip.nodes))
+            graph = bound(body.skip, [hidden, *weights], name, list(skip.nodes))
             graph.outputs.extend(empty)
             return graph
         if self.granularity == "block":
             output = skip.op("Identity", [hidden])
         else:
-            output = skip.op("Expand", [_constant(skip, np.float32(0)), skip.op("Shape", [hidden])])
+            shape = skip.op("Shape", [hidden])
+            output = skip.op("ConstantOfShape", [shape], attributes={"value": self._zero})
         return _graph(skip, [output, *empty], name)
 
     def inline_sublayer(self, node: ir.Node) -> None:
         layer = _layer(node)
-        gate, *arguments = _inputs(node)
-        body = self._branch(
-            self.traced.bodies[layer].dense,
-            # The dense body ignores its row numbers.
-            [gate, gate, *arguments, *self._weights(layer)],
+        _, *arguments = _inputs(node)
+        body = bound(
+            self.traced.bodies[layer].execute,
+            [*arguments, *self._weights(layer)],
             branch_prefix(layer, self.granularity),
         )
         outputs = list(body.outputs)
-        nodes = list(body)
-        constants = list(body.initializers.values())
-        body.outputs.clear()
-        body.remove(nodes)
-        body.initializers.clear()
-        for value in constants:
-            self.graph.register_initializer(value)
-        self.graph.insert_before(node, nodes)
-        self._substitute(node, outputs)
+        self.graph.insert_before(node, moved(body, self.graph))
+        substitute(self.graph, node, outputs)
 
     def remove_sublayer(self, node: ir.Node) -> None:
-        # The residual stream passes by: the sum with nothing is the other operand.
         (output, *_) = node.outputs
         if self.granularity == "block":
             passed = node.inputs[1]
             assert passed is not None
             ir.convenience.replace_all_uses_with(output, passed)
-        for use in list(output.uses()):
-            assert use.node.op_type == "Add"
-            (passed,) = [value for value in use.node.inputs if value is not output]
-            assert passed is not None
-            ir.convenience.replace_all_uses_with(
-                use.node.outputs[0], passed, replace_graph_outputs=True
-            )
-            self.graph.remove(use.node, safe=True)
+        self._drop_addend(output)
         dropped = set(node.outputs[1:])
         kept = [value for value in self.graph.outputs if value not in dropped]
         self.graph.outputs.clear()
         self.graph.outputs.extend(kept)
         self.graph.remove(node, safe=True)
+
+    def _drop_addend(self, nothing: ir.Value) -> None:
+        """The residual stream passes by: the sum with nothing is the other operand."""
+        for use in list(nothing.uses()):
+            reader = use.node
+            if reader.op_type in ("Mul", "Cast", "Identity"):  # a multiple of nothing
+                self._drop_addend(reader.outputs[0])
+            else:
+                assert reader.op_type == "Add"
+                (passed,) = [value for value in reader.inputs if value is not nothing]
+                assert passed is not None
+                ir.convenience.replace_all_uses_with(
+                    reader.outputs[0], passed, replace_graph_outputs=True
+                )
+            self.graph.remove(reader, safe=True)
 
     # -- helpers --
 
@@ -197,29 +243,9 @@ class _Builder:
         for name, parameter in self.weights(layer).items():
             full = f"layers.{layer}.{self.granularity}.{name}"
             if full not in self.graph.initializers:
-                self.graph.register_initializer(_initializer(full, parameter))
+                self.graph.register_initializer(initializer(full, parameter))
             values.append(self.graph.initializers[full])
         return values
-
-    def _branch(
-        self,
-        body: ir.Model,
-        arguments: list[ir.Value],
-        prefix: str,
-        first: list[ir.Node] | None = None,
-    ) -> ir.Graph:
-        """A copy of ``body`` reading ``arguments`` from outside, as a graph without inputs."""
-        graph = body.graph.clone()
-        inputs = list(graph.inputs)
-        graph.inputs.clear()
-        for value in graph.initializers.values():
-            inputs = [each for each in inputs if each is not value]
-        for formal, actual in zip(inputs, arguments, strict=True):
-            ir.convenience.replace_all_uses_with(formal, actual)
-        if first:
-            graph.insert_before(graph[0], first)
-        _rename(graph, prefix)
-        return graph
 
     def _replace(
         self, node: ir.Node, condition: ir.Value, then: ir.Graph, otherwise: ir.Graph
@@ -233,16 +259,7 @@ class _Builder:
             name=f"if.{(then.name or '').rstrip('/')}",
         )
         self.graph.insert_before(node, branches)
-        self._substitute(node, list(branches.outputs))
-
-    def _substitute(self, node: ir.Node, outputs: list[ir.Value]) -> None:
-        for old, new in zip(node.outputs, outputs, strict=True):
-            new.type, new.shape = old.type, old.shape
-            name = old.name
-            old.name = f"{name}.placeholder"
-            new.name = name
-            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        self.graph.remove(node, safe=True)
+        substitute(self.graph, node, list(branches.outputs))
 
     def keep_interface(self, contract: Contract) -> None:
         """Drop inputs and outputs that the contract does not have, and what only they needed."""
@@ -303,6 +320,12 @@ def _constant(into: tape.Tape, value: np.ndarray | np.generic) -> ir.Value:
     return into.op("Constant", [], attributes={"value": ir.tensor(np.asarray(value))})
 
 
+def _scattered(into: tape.Tape, base: ir.Value, rows: ir.Value, some: ir.Value) -> ir.Value:
+    """``base`` with the rows numbered by ``rows`` [n] replaced by those of ``some``."""
+    one = _constant(into, np.array([1], dtype=np.int64))
+    return into.op("ScatterND", [base, into.op("Unsqueeze", [rows, one]), some])
+
+
 def _numbers(into: tape.Tape, gate: ir.Value) -> ir.Value:
     """The rows where ``gate`` [batch] is open, [n] int64."""
     zero = _constant(into, np.array([0], dtype=np.int64))
@@ -311,33 +334,8 @@ def _numbers(into: tape.Tape, gate: ir.Value) -> ir.Value:
 
 def _graph(from_: tape.Tape, outputs: list[ir.Value], name: str) -> ir.Graph:
     graph = ir.Graph([], outputs, nodes=list(from_.nodes), name=name)
-    _rename(graph, name)
+    renamed(graph, name)
     return graph
-
-
-def _rename(graph: ir.Graph, prefix: str) -> None:
-    graph.name = prefix
-    for number, node in enumerate(graph):
-        node.name = f"{prefix}{node.op_type}.{number}"
-        for value in node.outputs:
-            value.name = f"{prefix}{value.name or node.op_type}.{number}"
-    for name, value in list(graph.initializers.items()):
-        graph.initializers.pop(name)
-        value.name = f"{prefix}{name}"
-        graph.register_initializer(value)
-
-
-def _initializer(name: str, parameter: Tensor, *, transposed: bool = False) -> ir.Value:
-    """An initializer that is read from the model only when it is written."""
-    shape = tuple(parameter.shape)
-
-    def load() -> ir.TensorProtocol:
-        array = parameter.detach().cpu().numpy()
-        return ir.tensor(np.ascontiguousarray(array.T) if transposed else array, name=name)
-
-    dtype = ir.DataType.from_numpy(parameter.detach()[:0].cpu().numpy().dtype)
-    tensor = ir.LazyTensor(load, dtype, ir.Shape(shape[::-1] if transposed else shape), name=name)
-    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
 
 
 def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:

@@ -16,12 +16,13 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from mskip.compressor.artifact import Run, load_routers, routers_hash, saved_orders
 from mskip.compressor.baselines import kept_count
 from mskip.compressor.errors import ModelError
-from mskip.compressor.families import family_of, layer_types_of
 from mskip.compressor.files import sha256, whole_folder
 from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
@@ -41,16 +42,14 @@ def contract_of(base: BaseModel, routers: Routers, tau: list[float], opset: int)
     """The contract of a model's routed graph."""
     config = base.model.config.get_text_config()
     ends = base.model.generation_config.eos_token_id
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
+    kv_heads, head_dim = _cached_shape(base)
     return Contract(
         layers=config.num_hidden_layers,
         routed_layers=routers.layers,
-        kv_heads=config.num_key_value_heads,
+        kv_heads=kv_heads,
         head_dim=head_dim,
         vocabulary=config.vocab_size,
-        dtype="float32",
+        dtype=str(base.model.dtype).removeprefix("torch."),
         opset=opset,
         tau=tau,
         eos=ends if isinstance(ends, list) else [] if ends is None else [ends],
@@ -59,6 +58,30 @@ def contract_of(base: BaseModel, routers: Routers, tau: list[float], opset: int)
         granularity=routers.sublayers.granularity,
         compensation_rank=routers.sublayers.compensation_rank,
     )
+
+
+@torch.no_grad()
+def _cached_shape(base: BaseModel) -> tuple[int, int]:
+    """Heads and width of a cached key: what the model caches, which its configuration only hints.
+
+    Raises:
+        ModelError: layers differ, or keys from values.
+    """
+    cache = DynamicCache(config=base.model.config)
+    base.model(torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    shapes = set()
+    for layer in cache.layers:
+        assert isinstance(layer, DynamicLayer)
+        for each in (layer.keys, layer.values):
+            assert each is not None
+            shapes.add((each.shape[1], each.shape[3]))
+    if len(shapes) > 1:
+        raise ModelError(
+            "this model's layers cache keys and values of different shapes "
+            f"({', '.join(f'{heads} x {width}' for heads, width in sorted(shapes))}), which the "
+            "export does not support."
+        )
+    return shapes.pop()
 
 
 def export_onnx(
@@ -85,7 +108,6 @@ def export_onnx(
             exported yet, or routers that decide once a token.
     """
     require_unit(routers.sublayers.unit, "sequence", "the exported graph")
-    _check_exportable(base)
     if len(contract.compact_layers) == contract.layers:
         raise ModelError(
             "every layer is routed; the export needs one layer that always executes.",
@@ -128,18 +150,6 @@ def export_onnx(
     contract.write(folder / CONTRACT)
     base.tokenizer.save_pretrained(folder)
     progress("export", 6, 6)
-
-
-def _check_exportable(base: BaseModel) -> None:
-    family = family_of(base.model)
-    # A body is the bare sublayer, and the graph's cache has no window.
-    normed = family.attention_post_norm or family.mlp_post_norm
-    if normed or layer_types_of(base.model.config) != {"full_attention"}:
-        raise ModelError(
-            f"'{family.model_type}' models with a norm after the sublayer, or with sliding "
-            "windows, cannot be exported yet.",
-            "Tuning, calibration and evaluation in PyTorch work: mskip eval.",
-        )
 
 
 def export_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict[str, Any]:

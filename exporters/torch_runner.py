@@ -9,9 +9,9 @@ import torch
 
 from mskip.compressor.cache import RoutedCache
 from mskip.compressor.models import BaseModel
+from mskip.compressor.patching import Patch
 from mskip.compressor.router import Routers
 from mskip.compressor.routing import HardPass, forced
-from mskip.compressor.skipping import Patch
 from mskip.compressor.sublayers import require_unit
 from mskip.exporters.contract import Contract
 from mskip.exporters.runner import Floats, Ints, Runner, State, positions

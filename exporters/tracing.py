@@ -1,10 +1,10 @@
 """From transformers' own modules to ONNX parts, once each.
 
-The model is traced whole with every routed sublayer replaced by a placeholder
-node (the *trunk*); the sublayer of a routed layer is traced by itself, with its
-weights as inputs (a *body*), and serves every layer of the same shape. The
-router's score is a body too. Lowering puts the parts together: the same trace
-gives the routed, the dense and the static graph.
+The model is traced with every decoder layer replaced by a placeholder node (the *trunk*:
+embedding, masks, rotary tables, final norm, head). A layer is traced by itself with its
+weights as inputs and serves every layer of its kind; it leaves placeholders for what is
+routed in it. The sublayers and the router's score are bodies too. Lowering puts the parts
+together: the same trace gives the routed, the dense and the static graph.
 """
 
 from __future__ import annotations
@@ -20,16 +20,24 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 
-from mskip.compressor.families import family_of
 from mskip.compressor.router import Routers
-from mskip.compressor.routing import UNDECIDED, Call
-from mskip.compressor.skipping import patched
+from mskip.compressor.routing import UNDECIDED
+from mskip.exporters.arguments import (
+    BATCH,
+    PAST,
+    POSITIONS,
+    layer_arguments,
+    layers_replaced,
+    sublayer_arguments,
+    tensors_of,
+)
 from mskip.exporters.bodies import Body, GraphCache, to_ir, trace_bodies, trace_score
 from mskip.exporters.contract import Contract
+from mskip.exporters.experts import NAME
+from mskip.exporters.layers import DOMAIN, LAYER, RoutedInputs, layer_weights, trace_layers
+from mskip.exporters.splicing import bound, initializer, moved, substitute
 
-DOMAIN = "mskip"
-SUBLAYER = "RoutedSublayer"
-SCORE = "RouterScore"
+Caches = list[tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -37,7 +45,8 @@ class Traced:
     """Parts of the graph.
 
     Attributes:
-        trunk: the whole model with placeholders; initializers share the model's memory.
+        trunk: the whole model with placeholders for sublayers and scores; its weights are
+            read from the model when they are written.
         bodies: what runs at a placeholder, by the decoder layer.
         score: body of the router's score.
         contract: names and axes.
@@ -49,87 +58,16 @@ class Traced:
     contract: Contract
 
 
-class _TracedPass:
-    """The pass of the trunk: scores, decides, and leaves a placeholder for the sublayer."""
-
-    def __init__(
-        self, trunk: _Trunk, routing: Tensor, tau: Tensor, prompt_mask: Tensor, cache: GraphCache
-    ) -> None:
-        self.trunk = trunk
-        self.routing, self.tau = routing, tau
-        self.prompt_mask = prompt_mask
-        self.cache = cache
-        self.undecided = (routing == UNDECIDED).any()
-        self.gates: list[Tensor] = []
-        self.scores: list[Tensor] = []
-        self.arguments: dict[int, dict[str, Any]] = {}
-
-    def watch(self, layer: int, module: nn.Module) -> Any:
-        """Note what the model hands decoder layer ``layer``; returns the hook."""
-
-        def note(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            named = {"hidden_states": args[0]} if args else {}
-            self.arguments[layer] = {**named, **kwargs}
-
-        return module.register_forward_pre_hook(note, with_kwargs=True)
-
-    def __call__(self, call: Call) -> Tensor:
-        index, hidden = call.index, call.hidden
-        score = torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{SCORE}",
-            (self.undecided, hidden, self.prompt_mask, self.trunk.weight[index],
-             self.trunk.bias[index]),
-            {},
-            dtype=torch.float32,
-            shape=(hidden.shape[0],),
-            version=1,
-        )  # fmt: skip
-        routing = self.routing[:, index]
-        taken = score >= self.tau[index]
-        # Not `where`: ONNX Runtime has none for booleans.
-        gate = ((routing == UNDECIDED) & taken) | (routing > 0)
-        self.scores.append(score)
-        self.gates.append(gate)
-        return self._placeholder(gate, hidden, self.trunk.layers[index])
-
-    def _placeholder(self, gate: Tensor, hidden: Tensor, layer: int) -> Tensor:
-        name = f"{DOMAIN}::{SUBLAYER}"
-        attributes: Any = {"layer": layer}
-        if self.trunk.granularity == "mlp":
-            return torch.onnx.ops.symbolic(
-                name, (gate, hidden), attributes, dtype=hidden.dtype, shape=hidden.shape, version=1
-            )
-        arguments = self.arguments[layer]
-        if self.trunk.granularity == "block":
-            hidden = arguments["hidden_states"]
-        batch = hidden.shape[0]
-        cos, sin = arguments["position_embeddings"]
-        past_key, past_value = self.cache.past[layer]
-        heads, dim = past_key.shape[1], past_key.shape[3]
-        present = (past_key.shape[0], heads, self.cache.length + hidden.shape[1], dim)
-        output, key, value = torch.onnx.ops.symbolic_multi_out(
-            name,
-            (gate, hidden, cos.expand(batch, -1, -1), sin.expand(batch, -1, -1),
-             arguments["attention_mask"], past_key, past_value),
-            attributes,
-            dtypes=(hidden.dtype, past_key.dtype, past_value.dtype),
-            shapes=(hidden.shape, present, present),
-            version=1,
-        )  # fmt: skip
-        self.cache.present[layer] = (key, value)
-        return output
-
-
 class _Trunk(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, model: PreTrainedModel, routers: Routers) -> None:
+    def __init__(self, model: PreTrainedModel, routers: Routers, cache_name: str) -> None:
         super().__init__()
         self.model = model
         self.layers = routers.layers
-        self.granularity = routers.sublayers.granularity
         self.compact = routers.sublayers.cached
+        self.cache_name = cache_name
         weight, bias = routers.folded()
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
@@ -141,80 +79,153 @@ class _Trunk(nn.Module):
         position_ids: Tensor,
         routing: Tensor,
         tau: Tensor,
-        past: list[tuple[Tensor, Tensor]],
+        past: Caches,
     ) -> Any:
         positions = input_ids.shape[1]
         # A layer whose cache has a row for every sequence: its length is the model's.
         whole = next(i for i in range(len(past)) if i not in self.compact)
         cache = GraphCache(past, past[whole][0].shape[2])
+        undecided = (routing == UNDECIDED).any()
         prompt_mask = attention_mask[:, -positions:]
-        hard = _TracedPass(self, routing, tau, prompt_mask, cache)
-        blocks = family_of(self.model).decoder_layers(self.model)
-        hooks = [hard.watch(layer, blocks[layer]) for layer in self.layers]
-        try:
+        gates: list[Tensor] = []
+        scores: list[Tensor] = []
+
+        def placeholder(layer: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+            routed: list[Tensor] = []
+            if layer in self.layers:
+                index = self.layers.index(layer)
+                routed = RoutedInputs(
+                    undecided, prompt_mask, routing[:, index], tau[index], self.weight[index],
+                    self.bias[index],
+                ).tensors()  # fmt: skip
+            key, value = past[layer]
+            present = key.shape[0], key.shape[1], cache.length + hidden.shape[1], key.shape[3]
+            decided = [(torch.bool, hidden.shape[:1]), (torch.float32, hidden.shape[:1])]
+            results = [(hidden.dtype, hidden.shape), (key.dtype, present), (key.dtype, present)]
+            results += decided if routed else []
+            output, new_key, new_value, *rest = torch.onnx.ops.symbolic_multi_out(
+                f"{DOMAIN}::{LAYER}",
+                (hidden, *tensors_of(arguments, self.cache_name), key, value, *routed),
+                {"layer": layer},
+                dtypes=[dtype for dtype, _ in results],
+                shapes=[shape for _, shape in results],
+                version=1,
+            )
+            cache.present[layer] = (new_key, new_value)
+            if routed:
+                gates.append(rest[0])
+                scores.append(rest[1])
+            return output
+
+        with layers_replaced(self.model, placeholder):
             logits = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=True,
-                routing=hard,
             ).logits
-        finally:
-            for hook in hooks:
-                hook.remove()
-        decided = torch.stack(hard.gates, dim=1).to(torch.int64)
-        return logits, decided, torch.stack(hard.scores, dim=1), cache.present
+        decided = torch.stack(gates, dim=1).to(torch.int64)
+        return logits, decided, torch.stack(scores, dim=1), cache.present
 
 
 @contextlib.contextmanager
-def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    # The decomposed form: a mask of finite numbers, so a fully padded query row
+def _traceable(model: PreTrainedModel) -> Iterator[None]:
+    """The forms of attention and of experts that a trace can hold."""
+    # Eager, the decomposed form: a mask of finite numbers, so a fully padded query row
     # gives garbage that nobody reads, where -inf would give NaN that spreads.
-    before = model.config._attn_implementation
+    attention = model.config._attn_implementation
     model.set_attn_implementation("eager")
+    experts = model.config._experts_implementation
+    if experts is not None:
+        model.set_experts_implementation(NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(attention)
+        if experts is not None:
+            model.set_experts_implementation(experts)
 
 
 def trace(model: PreTrainedModel, routers: Routers, contract: Contract) -> Traced:
     """Trace the parts.
 
     Args:
-        model: a supported causal LM, float32, on the CPU.
+        model: a supported causal LM on the CPU.
         routers: its routers.
         contract: the routed graph's contract.
     """
-    auto = Dim.DYNAMIC
-    batch, positions, past = 3, 5, 7
-    heads, dim = contract.kv_heads, contract.head_dim
-    routed = len(routers.layers)
-    dtype = model.dtype
-    with _eager_attention(model):
-        caches = []
-        for layer in range(contract.layers):
-            rows = 2 if layer in routers.sublayers.cached else batch
-            shape = rows, heads, past, dim
-            # Two tensors: the exporter takes one object given twice for one input.
-            caches.append((torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)))
-        args = (
-            torch.zeros(batch, positions, dtype=torch.int64),
-            torch.ones(batch, past + positions, dtype=torch.int64),
-            torch.arange(past, past + positions).expand(batch, -1).contiguous(),
-            torch.ones(batch, routed, dtype=torch.int64),
-            torch.full((routed,), 0.5),
-            caches,
-        )
-        kv = {0: auto, 2: auto}
-        two = {0: auto, 1: auto}
-        shapes = (two, two, two, {0: auto}, None, [(kv, kv) for _ in caches])
-        names = (
-            [spec.name for spec in contract.inputs()],
-            [spec.name for spec in contract.outputs()],
-        )
-        with patched(model, routers.sublayers):
-            trunk = to_ir(_Trunk(model, routers), args, shapes, names, contract.opset)
-        bodies = trace_bodies(model, routers.sublayers, contract)
+    sublayers = routers.sublayers
+    with _traceable(model):
+        given = layer_arguments(model, GraphCache(_caches(model, routers, contract), PAST))
+        layers = trace_layers(model, sublayers, contract, given)
+        inner = {
+            layer: sublayer_arguments(
+                model, sublayers, layer, given[layer],
+                GraphCache(_caches(model, routers, contract), PAST),
+            )
+            for layer in sublayers.layers
+        }  # fmt: skip
+        bodies = trace_bodies(model, sublayers, contract, inner)
+        trunk = _trace_trunk(model, routers, contract, next(iter(given.values())).cache)
+    _inline_layers(trunk, layers, model)
     return Traced(trunk, bodies, trace_score(model, contract), contract)
+
+
+def _caches(model: PreTrainedModel, routers: Routers, contract: Contract) -> Caches:
+    """Examples of past keys and values; a routed layer has those of some rows only."""
+    rows = [2 if i in routers.sublayers.cached else BATCH for i in range(contract.layers)]
+    # Two tensors: the exporter takes one object given twice for one input.
+    key, value = (
+        [
+            torch.zeros(n, contract.kv_heads, PAST, contract.head_dim, dtype=model.dtype)
+            for n in rows
+        ]
+        for _ in range(2)
+    )
+    return list(zip(key, value, strict=True))
+
+
+def _trace_trunk(
+    model: PreTrainedModel, routers: Routers, contract: Contract, cache_name: str
+) -> ir.Model:
+    routed = len(routers.layers)
+    caches = _caches(model, routers, contract)
+    args = (
+        torch.zeros(BATCH, POSITIONS, dtype=torch.int64),
+        torch.ones(BATCH, PAST + POSITIONS, dtype=torch.int64),
+        torch.arange(PAST, PAST + POSITIONS).expand(BATCH, -1).contiguous(),
+        torch.ones(BATCH, routed, dtype=torch.int64),
+        torch.full((routed,), 0.5),
+        caches,
+    )
+    auto = Dim.DYNAMIC
+    kv, two = {0: auto, 2: auto}, {0: auto, 1: auto}
+    shapes = (two, two, two, {0: auto}, None, [(kv, kv) for _ in caches])
+    names = (
+        [spec.name for spec in contract.inputs()],
+        [spec.name for spec in contract.outputs()],
+    )
+    return to_ir(_Trunk(model, routers, cache_name), args, shapes, names, contract.opset)
+
+
+def _inline_layers(trunk: ir.Model, layers: dict[int, ir.Model], model: PreTrainedModel) -> None:
+    """Put the layers' bodies in the places of their placeholders."""
+    graph = trunk.graph
+    for node in [n for n in graph if n.domain == DOMAIN and n.op_type == LAYER]:
+        layer = node.attributes["layer"].as_int()
+        weights = []
+        for name, parameter in layer_weights(model, layer).items():
+            value = initializer(f"layers.{layer}.{name}", parameter)
+            graph.register_initializer(value)
+            weights.append(value)
+        inputs = [value for value in node.inputs if value is not None]
+        body = bound(layers[layer], [*inputs, *weights], f"layers.{layer}/")
+        for inner in body:
+            if inner.domain == DOMAIN and "layer" in inner.attributes:
+                inner.attributes["layer"] = ir.AttrInt64("layer", layer)
+        outputs = list(body.outputs)
+        graph.insert_before(node, moved(body, graph))
+        substitute(graph, node, outputs)
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        graph.initializers.pop(name)

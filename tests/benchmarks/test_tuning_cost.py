@@ -213,8 +213,8 @@ def test_kept_bytes_are_those_that_autograd_keeps(
 ) -> None:
     from mskip.compressor.encoding import Sample, collate
     from mskip.compressor.loss import RelaxedPass
+    from mskip.compressor.patching import patched
     from mskip.compressor.segments import SplitModel
-    from mskip.compressor.skipping import patched
 
     wide = tiny_model(hidden_size=64, intermediate_size=160)
     base = replace(load(), model=wide)

@@ -25,9 +25,9 @@ from mskip.compressor.baselines import (
 from mskip.compressor.encoding import Sample
 from mskip.compressor.evaluation import Reference
 from mskip.compressor.models import BaseModel
+from mskip.compressor.patching import patched
 from mskip.compressor.recipe import RouterSpec
 from mskip.compressor.router import Routers
-from mskip.compressor.skipping import patched
 from mskip.compressor.starting import cost_logits, first_price, initialise, threshold
 from mskip.compressor.sublayers import Granularity, Sublayers
 

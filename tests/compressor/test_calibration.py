@@ -23,8 +23,9 @@ from mskip.compressor.calibration import (
 )
 from mskip.compressor.encoding import Sample
 from mskip.compressor.models import BaseModel
+from mskip.compressor.patching import patched
 from mskip.compressor.router import Routers
-from mskip.compressor.skipping import MindSkip, patched
+from mskip.compressor.skipping import MindSkip
 
 
 class Fixed:

@@ -15,8 +15,8 @@ from mskip.compressor.baselines import static_gates
 from mskip.compressor.encoding import Sample, collate
 from mskip.compressor.evaluation import Reference, answer_targets
 from mskip.compressor.models import BaseModel
+from mskip.compressor.patching import patched
 from mskip.compressor.routing import ForcedPass, HardPass, fresh_decisions
-from mskip.compressor.skipping import patched
 
 LAYERS = [1, 2, 3, 4]
 

@@ -58,10 +58,10 @@ def test_activations_are_what_autograd_keeps(
     import torch
 
     from mskip.compressor.loss import RelaxedPass
+    from mskip.compressor.patching import patched
     from mskip.compressor.router import Routers
     from mskip.compressor.samples import batches_of
     from mskip.compressor.segments import SplitModel
-    from mskip.compressor.skipping import patched
 
     base = make_base(hidden_size=64, intermediate_size=192)
     wanted = Recipe.model_validate(

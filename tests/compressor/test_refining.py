@@ -20,9 +20,9 @@ from mskip.compressor.encoding import Sample
 from mskip.compressor.evaluation import Reference
 from mskip.compressor.fitting import Regression, fit_compensation, reduced_rank
 from mskip.compressor.models import BaseModel
+from mskip.compressor.patching import patched
 from mskip.compressor.recipe import RouterSpec, TuningSpec
 from mskip.compressor.router import Routers
-from mskip.compressor.skipping import patched
 from mskip.compressor.starting import initialise
 from mskip.compressor.sublayers import Granularity, Sublayers
 from mskip.compressor.tuning import Interrupted, Tuned, tune

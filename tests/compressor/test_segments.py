@@ -8,14 +8,15 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from mskip.compressor.encoding import Batch
 from mskip.compressor.errors import ModelError
+from mskip.compressor.patching import patched
 from mskip.compressor.router import Routers
 from mskip.compressor.routing import ForcedPass
 from mskip.compressor.segments import SplitModel
-from mskip.compressor.skipping import MindSkip, patched
+from mskip.compressor.skipping import MindSkip
 
 Prompts = Callable[..., Batch]
 Side = Literal["left", "right"]
@@ -213,6 +214,13 @@ def test_finish_without_a_pass_is_dense_when_routers_are_attached(
 
 
 def test_unsupported_architecture_is_refused() -> None:
-    config = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2)
-    with pytest.raises(ModelError, match="'gpt2' is not supported"):
-        SplitModel(GPT2LMHeadModel(config), 1)
+    config = OPTConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=32,
+        word_embed_proj_dim=16,
+    )
+    with pytest.raises(ModelError, match="'opt' is not supported"):
+        SplitModel(OPTForCausalLM(config), 1)

@@ -18,14 +18,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaForCausalLM, OPTConfig, OPTForCausalLM, StaticCache
 
 from mskip.compressor.cache import RoutedCache
 from mskip.compressor.encoding import Batch, Sample, collate
 from mskip.compressor.errors import ModelError
+from mskip.compressor.patching import patched, take_rows
 from mskip.compressor.router import Routers
 from mskip.compressor.routing import EXECUTE, ForcedPass, forced
-from mskip.compressor.skipping import MindSkip, patched, take_rows
+from mskip.compressor.skipping import MindSkip
 
 Prompts = Callable[..., Batch]
 MakeModel = Callable[..., LlamaForCausalLM]
@@ -242,9 +243,16 @@ def test_impossible_layers_are_refused(
 
 
 def test_unsupported_architecture_is_refused() -> None:
-    config = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2)
-    model = GPT2LMHeadModel(config)
-    with pytest.raises(ModelError, match=r"'gpt2' is not supported; supported: .*\bllama\b") as e:
+    config = OPTConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=32,
+        word_embed_proj_dim=16,
+    )
+    model = OPTForCausalLM(config)
+    with pytest.raises(ModelError, match=r"'opt' is not supported; supported: .*\bllama\b") as e:
         MindSkip(model, Routers([1], 16))
     assert "families.py" in str(e.value)
 

@@ -26,10 +26,11 @@ from mskip.compressor.evaluation import Reference
 from mskip.compressor.goals import Goal
 from mskip.compressor.loss import RouterObjective
 from mskip.compressor.models import BaseModel, load_base
+from mskip.compressor.patching import patched
 from mskip.compressor.recipe import Recipe, TuningSpec
 from mskip.compressor.router import Routers
 from mskip.compressor.samples import Samples, batches_of, run_samples
-from mskip.compressor.skipping import MindSkip, patched
+from mskip.compressor.skipping import MindSkip
 from mskip.compressor.sublayers import Sublayers
 from mskip.compressor.sweep_step import sweep_run
 from mskip.compressor.token_calibration import executed_share, find_token_tau, token_scores

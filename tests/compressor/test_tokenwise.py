@@ -33,9 +33,10 @@ from mskip.compressor.compensation import Compensation
 from mskip.compressor.encoding import Batch, Sample
 from mskip.compressor.errors import ModelError
 from mskip.compressor.models import BaseModel
+from mskip.compressor.patching import passing, patched
 from mskip.compressor.router import Routers
 from mskip.compressor.routing import EXECUTE, UNDECIDED
-from mskip.compressor.skipping import MindSkip, patched
+from mskip.compressor.skipping import MindSkip
 from mskip.compressor.sublayers import Granularity, Sublayers
 from mskip.compressor.token_cache import TokenCache, TokenLayer
 from mskip.compressor.token_calibration import (
@@ -806,8 +807,8 @@ def test_padding_takes_no_part_and_gives_no_nan(
         batch = prompt_batch([9, 4, 7], side=side)
         real = batch["attention_mask"].bool()
         relaxed = TokenRelaxedPass(routers, real, 1.0, None)
-        with torch.enable_grad(), patched(model, LAYERS):
-            hidden = model.model(**inputs(batch), routing=relaxed, use_cache=False)
+        with torch.enable_grad(), patched(model, LAYERS), passing(relaxed):
+            hidden = model.model(**inputs(batch), use_cache=False)
             hidden.last_hidden_state[real].square().sum().backward()
         assert [len(logit) for logit in relaxed.logits.values()] == [20, 20]
         gradients.append([parameter.grad for parameter in (routers.weight, routers.bias)])

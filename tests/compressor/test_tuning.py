@@ -29,12 +29,12 @@ from mskip.compressor.evaluation import Reference
 from mskip.compressor.loss import RouterObjective
 from mskip.compressor.models import BaseModel
 from mskip.compressor.objective import Step
+from mskip.compressor.patching import passing, patched
 from mskip.compressor.recipe import RouterSpec, TuningSpec
 from mskip.compressor.router import Routers
 from mskip.compressor.routing import Call
 from mskip.compressor.sampling import GroupedByLength
 from mskip.compressor.segments import SplitModel
-from mskip.compressor.skipping import patched
 from mskip.compressor.starting import first_price, initialise
 from mskip.compressor.stems import StemStore
 from mskip.compressor.tuning import Interrupted, Tuned, tune
@@ -323,11 +323,10 @@ def test_paper_form(
         gates.append(gate)
         return call.execute(None) * gate[:, None, None]
 
-    with patched(base.model, LAYERS):
+    with patched(base.model, LAYERS), passing(routing):
         hidden = base.model.model(
             batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            routing=routing,
             use_cache=False,
         ).last_hidden_state
     logits = base.model.lm_head(hidden[batch["answer_mask"]])

@@ -222,8 +222,8 @@ def test_quality_is_that_of_the_evaluation(
     import torch
 
     from mskip.compressor.evaluation import Reference
+    from mskip.compressor.patching import patched
     from mskip.compressor.routing import HardPass, fresh_decisions
-    from mskip.compressor.skipping import patched
 
     def route(batch: Any) -> HardPass:
         decisions, scores = fresh_decisions(len(batch["input_ids"]), 3)
