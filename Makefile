@@ -10,13 +10,18 @@ TORCH_FLAGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test check install clean
+.PHONY: demo test families check install clean
 
 demo: $(VENV)/demo.ready
 	$(BIN)/mskip run smollm2-135m --quick
 
 test: $(VENV)/dev.ready
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Every architecture, granularity and engine; writes docs/families.md.
+families: $(VENV)/dev.ready
+	$(BIN)/python -m pytest -n auto -m "matrix or not matrix" --families docs/families.md \
+	    --dist loadgroup tests/compressor/test_families.py tests/exporters/test_families.py
 
 check: $(VENV)/dev.ready
 	$(BIN)/ruff check .

@@ -12,6 +12,9 @@ no gradient: the norm undoes any scale.)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -43,7 +46,8 @@ class Family:
             given the residual stream itself.
         attention_post_norm: name of the norm between the attention and the residual stream;
             None where there is none.
-        mlp: name of the MLP within a layer; it takes the normed hidden state alone.
+        mlp: name of the MLP within a layer; it takes the normed hidden state alone. Where
+            "mlp" is not offered it is the module that gives what the MLP adds.
         mlp_norm: name of the norm before the MLP; None as above.
         mlp_post_norm: name of the norm between the MLP and the residual stream.
         cache: name by which layers and attention are handed the KV cache.
@@ -219,6 +223,103 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+# Rows that users bring, beside the table: see `register`.
+_registered: dict[str, Family] = {}
+_assumed: ContextVar[Family | None] = ContextVar("row on trial", default=None)
+
+
+def register(row: Family) -> None:
+    """Add a row to the table for the rest of the process; it replaces one registered before.
+
+    Raises:
+        ModelError: the architecture has a row of its own that says something else.
+    """
+    built_in = FAMILIES.get(row.model_type)
+    if built_in is None:
+        _registered[row.model_type] = row
+    elif row != built_in:
+        raise ModelError(
+            f"architecture '{row.model_type}' has a built-in row, which no other may replace.",
+            "Leave model.family out of the recipe.",
+        )
+
+
+@contextmanager
+def registered(row: Family) -> Iterator[None]:
+    """`register` for the duration of the block.
+
+    Raises:
+        ModelError: see `register`.
+    """
+    saved = dict(_registered)
+    register(row)
+    try:
+        yield
+    finally:
+        _registered.clear()
+        _registered.update(saved)
+
+
+@contextmanager
+def assumed(row: Family) -> Iterator[None]:
+    """Take this row for its architecture in the block, built-in or not: to put a row to the test.
+
+    Patches and split models made in the block go on by it.
+    """
+    token = _assumed.set(row)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def row_for(model_type: str) -> Family | None:
+    """The row of an architecture, built-in or registered; None where there is none."""
+    trial = _assumed.get()
+    if trial is not None and trial.model_type == model_type:
+        return trial
+    return FAMILIES.get(model_type) or _registered.get(model_type)
+
+
+def require_parts(model: PreTrainedModel, family: Family) -> None:
+    """Refuse a row that names what the model does not have.
+
+    Raises:
+        ModelError: a path that leads nowhere, by the row's field.
+    """
+
+    def has(*path: str) -> bool:
+        try:
+            model.get_submodule(".".join(path))
+        except (AttributeError, TypeError):
+            return False
+        return True
+
+    lost = [
+        f"{field} = {getattr(family, field)!r}"
+        for field in ("layers", "final_norm", "head")
+        if not has(getattr(family, field))
+    ]
+    if not lost:
+        for field in _IN_LAYER:
+            names = getattr(family, field)
+            every = (names,) if isinstance(names, str) else names
+            layers = range(len(family.decoder_layers(model)))
+            if names and not all(any(has(family.layers, str(i), n) for n in every) for i in layers):
+                lost.append(f"{field} = {names!r}")
+    if lost:
+        raise ModelError(
+            f"the row of '{family.model_type}' names what a {type(model).__name__} does not have: "
+            f"{', '.join(lost)}.",
+            "Correct model.family; `mskip doctor --model X` proposes a row.",
+        )
+
+
+_IN_LAYER = (
+    *("attention", "attention_norm", "attention_post_norm"),
+    *("mlp", "mlp_norm", "mlp_post_norm"),
+)
+
 
 def layer_types_of(config: Any) -> frozenset[str]:
     """The kinds of attention layer in a model, by its configuration.
@@ -243,14 +344,14 @@ def family_of(model: PreTrainedModel) -> Family:
     """
     config = model.config
     model_type = config.model_type
-    try:
-        family = FAMILIES[model_type]
-    except KeyError:
+    family = row_for(model_type)
+    if family is None:
         raise ModelError(
             f"architecture '{model_type}' is not supported; supported: "
-            f"{', '.join(sorted(FAMILIES))}.",
-            "Support is one row in compressor/families.py; see CONTRIBUTING.md.",
-        ) from None
+            f"{', '.join(sorted({**FAMILIES, **_registered}))}.",
+            "Try: mskip doctor --model X. It proposes a row for the architecture, proves it and "
+            "prints it as model.family of a recipe.",
+        )
     if unknown := layer_types_of(config) - family.layer_types:
         supported = " and ".join(sorted(family.layer_types)).replace("_", " ")
         raise ModelError(

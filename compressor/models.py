@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import (
@@ -29,16 +29,21 @@ from mskip.compressor.embedded import (
     no_bars,
 )
 from mskip.compressor.errors import ModelError
+from mskip.compressor.families import Family, register, require_parts
 from mskip.compressor.files import sha256
-from mskip.compressor.recipe import ModelSpec
+from mskip.compressor.recipe import FamilySpec, ModelSpec
+from mskip.compressor.sublayers import Granularity
 
 __all__ = [
     "EMBEDDED",
     "BaseModel",
     "cache_home",
     "embedded_folder",
+    "family_entries",
+    "family_from",
     "folder_sha256",
     "load_base",
+    "load_config",
     "load_tokenizer",
     "model_folder",
     "text_entries",
@@ -156,12 +161,64 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     return tokenizer
 
 
-def load_base(spec: ModelSpec) -> BaseModel:
-    """Load a base model, frozen and in evaluation mode.
+def family_from(spec: FamilySpec) -> Family:
+    """The row that a recipe brings."""
+    entries = spec.model_dump()
+    listed = {key: tuple(value) for key, value in entries.items() if isinstance(value, list)}
+    sets = {key: frozenset(entries[key]) for key in ("layer_types", "granularities")}
+    return Family(**{**entries, **listed, **sets})
+
+
+def family_entries(family: Family) -> dict[str, Any]:
+    """What a recipe says to bring a row: its fields that differ from the defaults."""
+    entries = asdict(family)
+    entries["layer_types"] = sorted(family.layer_types)
+    entries["granularities"] = [k for k in get_args(Granularity) if k in family.granularities]
+    for key, value in entries.items():
+        if isinstance(value, tuple):
+            entries[key] = list(value)
+    return FamilySpec.model_validate(entries).model_dump(exclude_defaults=True)
+
+
+def load_config(spec: ModelSpec) -> Any:
+    """A base model's configuration, without its weights.
 
     Raises:
-        ModelError: see `model_folder`; also weights that are corrupt.
+        ModelError: it cannot be had, is damaged, or is of an architecture that transformers
+            does not know and whose code is not trusted.
     """
+    place: str | Path = Path(spec.name).expanduser()
+    if spec.name.startswith(PREFIX):
+        place = embedded_folder(spec.name)
+    elif not Path(place).exists():
+        if spec.name.startswith((".", "/", "~")):
+            raise ModelError(f"model folder {place} does not exist.")
+        place = spec.name
+    elif not (Path(place) / "config.json").is_file():
+        raise ModelError(f"{place} has no config.json: not a Hugging Face model folder.")
+    try:
+        return AutoConfig.from_pretrained(
+            place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"the configuration of '{spec.name}' cannot be read: {reason}",
+            "Check the name and the network (gated models need `hf auth login`). An architecture "
+            "that brings its own code needs trust_remote_code.",
+        ) from error
+
+
+def load_base(spec: ModelSpec) -> BaseModel:
+    """Load a base model, frozen and in evaluation mode; registers the row that ``spec`` brings.
+
+    Raises:
+        ModelError: see `model_folder`; also weights that are corrupt, or a row that is of another
+            architecture, stands against a built-in one, or names what the model does not have.
+    """
+    row = None if spec.family is None else family_from(spec.family)
+    if row is not None:
+        register(row)
     folder = model_folder(spec)
     options: dict[str, Any] = {
         "dtype": getattr(torch, spec.dtype),
@@ -175,12 +232,24 @@ def load_base(spec: ModelSpec) -> BaseModel:
             model = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:
         raise ModelError(f"cannot load the model in {folder}: {error}") from error
+    if row is not None:
+        _require_row(model, row)
     if spec.device_map is None:
         model.to(device=_device(spec))  # type: ignore[call-arg]
     model.requires_grad_(False)
     model.eval()
     tokenizer = load_tokenizer(folder, trust_remote_code=spec.trust_remote_code)
     return BaseModel(model, tokenizer, folder, folder_sha256(folder))
+
+
+def _require_row(model: PreTrainedModel, row: Family) -> None:
+    if row.model_type != model.config.model_type:
+        raise ModelError(
+            f"model.family is a row of '{row.model_type}'; the model is a "
+            f"'{model.config.model_type}'.",
+            "Take it from the recipe, or correct its model_type.",
+        )
+    require_parts(model, row)
 
 
 def _device(spec: ModelSpec) -> torch.device:

@@ -233,4 +233,15 @@ def _trace(
         inputs += ["undecided", "prompt_mask", "routing", "tau", "router_weight", "router_bias"]
         outputs += ["gate", "score"]
     body = _LayerBody(model, layer, arguments, granularity)
-    return to_ir(body, args, shapes, ([*inputs, *weights], outputs), contract.opset)
+    traced = to_ir(body, args, shapes, ([*inputs, *weights], outputs), contract.opset)
+    _measure_hidden(traced.graph)
+    return traced
+
+
+def _measure_hidden(graph: ir.Graph) -> None:
+    """Take sizes from the hidden state: graphs without routing lack the inputs of routing."""
+    values = {value.name: value for value in graph.inputs}
+    for name in ("prompt_mask", "routing"):
+        for use in list(values[name].uses()) if name in values else ():
+            if use.node.op_type == "Shape":  # of the same axis: batch first, then sequence
+                use.node.replace_input_with(use.idx, values["hidden"])

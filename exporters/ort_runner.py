@@ -87,7 +87,7 @@ class OrtRunner(Runner):
                 strict=True,
             )
         )
-        logits = values.pop("logits").numpy()
+        logits = values.pop("logits").numpy().astype(np.float32, copy=False)
         if self.contract.routed_layers:
             decided = values.pop("routing_out").numpy()
             scores = values.pop("routing_scores").numpy().copy()

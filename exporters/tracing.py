@@ -135,16 +135,23 @@ def _traceable(model: PreTrainedModel) -> Iterator[None]:
     # Eager, the decomposed form: a mask of finite numbers, so a fully padded query row
     # gives garbage that nobody reads, where -inf would give NaN that spreads.
     attention = model.config._attn_implementation
-    model.set_attn_implementation("eager")
+    _attend_with(model, "eager")
     experts = model.config._experts_implementation
     if experts is not None:
         model.set_experts_implementation(NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(attention)
+        _attend_with(model, attention)
         if experts is not None:
             model.set_experts_implementation(experts)
+
+
+def _attend_with(model: PreTrainedModel, implementation: str) -> None:
+    if type(model)._can_set_attn_implementation():
+        model.set_attn_implementation(implementation)
+    else:  # Falcon's attention looks at the configuration in each call.
+        model.config._attn_implementation = implementation
 
 
 def trace(model: PreTrainedModel, routers: Routers, contract: Contract) -> Traced:

@@ -26,6 +26,20 @@ CHATML = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--families FILE`` writes the page about architectures."""
+    parser.addoption("--families", type=Path, metavar="FILE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Only the process that sees all reports writes the page."""
+    path = config.getoption("--families")
+    if path is not None and not hasattr(config, "workerinput"):
+        from families_table import FamiliesTable
+
+        config.pluginmanager.register(FamiliesTable(path))
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., LlamaForCausalLM]:
     """Factory of random Llamas: 4 layers, hidden 32, 4 query and 2 KV heads, float32.

@@ -60,6 +60,13 @@ def model(name: str) -> PreTrainedModel:
     return make(name)
 
 
+@pytest.fixture(autouse=True)
+def _in_matrix(request: pytest.FixtureRequest, record_property: Callable[..., None]) -> None:
+    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if "name" in given and "kind" in given:
+        record_property("family", [given["name"], given["kind"], "PyTorch"])
+
+
 @pytest.fixture(scope="module")
 def gemma() -> PreTrainedModel:
     return make(GEMMA)

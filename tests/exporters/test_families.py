@@ -1,0 +1,208 @@
+"""The graph of every row of the table of architectures, against PyTorch.
+
+Here every tiny model with routed attention; `make families` runs the other granularities too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from architectures import HIDDEN, MODELS, make, row_of
+
+if TYPE_CHECKING:
+    from mskip.compressor.models import BaseModel
+    from mskip.compressor.router import Routers
+    from mskip.compressor.sublayers import Granularity
+    from mskip.exporters.ort_runner import OrtRunner
+    from mskip.exporters.runner import Runner
+    from mskip.exporters.torch_runner import TorchRunner
+
+ROUTED = [1, 2, 3]
+TAU = [0.5] * len(ROUTED)
+STATIC = 2
+"""The layer that the static peer lacks."""
+LIMIT = 1e-4
+"""Largest difference of logits, float32; they are of the order of one."""
+
+
+def _cases() -> list[Any]:
+    from mskip.compressor.families import FAMILIES
+
+    return [
+        pytest.param(
+            (name, kind),
+            id=f"{name}-{kind}",
+            # One process for a case, which is exported once.
+            marks=[pytest.mark.xdist_group(f"{name}-{kind}")]
+            + ([] if kind == "attention" else [pytest.mark.matrix]),
+        )
+        for name in MODELS
+        for kind in sorted(FAMILIES[row_of(name)].granularities)
+    ]
+
+
+@pytest.fixture(scope="module", params=_cases())
+def case(request: pytest.FixtureRequest) -> tuple[str, Granularity]:
+    chosen: tuple[str, Granularity] = request.param
+    return chosen
+
+
+@pytest.fixture(autouse=True)
+def _in_matrix(request: pytest.FixtureRequest, record_property: Callable[..., None]) -> None:
+    if "case" in request.fixturenames:
+        name, kind = request.getfixturevalue("case")
+        record_property("family", [name, kind, "ONNX"])
+
+
+@pytest.fixture(scope="module")
+def base(case: tuple[str, Granularity], make_tokenizer: Callable[..., Any]) -> BaseModel:
+    return tiny(case[0], make_tokenizer)
+
+
+def tiny(name: str, make_tokenizer: Callable[..., Any]) -> BaseModel:
+    from mskip.compressor.models import BaseModel
+
+    return BaseModel(make(name), make_tokenizer(), None, "")  # type: ignore[arg-type]
+
+
+def routers_of(kind: Granularity, compensated: bool) -> Routers:
+    import torch
+
+    from mskip.compressor.compensation import Compensation
+    from mskip.compressor.router import Routers
+    from mskip.compressor.sublayers import Sublayers
+
+    generator = torch.Generator().manual_seed(3)
+    compensation = None
+    if compensated:
+        compensation = Compensation(len(ROUTED), HIDDEN, 4)
+        for value in compensation.parameters():
+            value.data.normal_(std=0.3, generator=generator)
+        compensation.requires_grad_(False)
+    routers = Routers(Sublayers(ROUTED, kind, compensation), HIDDEN).requires_grad_(False)
+    routers.weight.normal_(std=1.0, generator=generator)
+    return routers
+
+
+@pytest.fixture(scope="module")
+def routers(case: tuple[str, Granularity]) -> Routers:
+    """Of a block with compensation, which has the norm before the block in it."""
+    return routers_of(case[1], compensated=case[1] == "block")
+
+
+def exported(base: BaseModel, routers: Routers, folder: Path) -> Path:
+    from mskip.exporters.onnx_export import contract_of, export_onnx
+
+    export_onnx(base, routers, contract_of(base, routers, TAU, 21), folder, [STATIC])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(base: BaseModel, routers: Routers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(base, routers, tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> OrtRunner:
+    from mskip.exporters.ort_runner import OrtRunner
+
+    return OrtRunner(folder, threads=1)
+
+
+@pytest.fixture
+def reference(base: BaseModel, routers: Routers, engine: OrtRunner) -> Iterator[TorchRunner]:
+    from mskip.exporters.torch_runner import TorchRunner
+
+    with TorchRunner(base, routers, engine.contract) as runner:
+        yield runner
+
+
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of 3 to 8 tokens, padded on the left: shorter and longer than a window."""
+    from mskip.exporters.runner import left_padded
+
+    rng = np.random.default_rng(5)
+    return left_padded([rng.integers(4, 90, 3 + n).tolist() for n in range(6)], 0)
+
+
+MIXED = [[1, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 0], [1, 1, 0], [0, 0, 1]]
+
+
+def run(runner: Runner, routing: list[list[int]]) -> np.ndarray:
+    """Logits of a prefill, a chunk of three tokens and a step, with decisions forced."""
+    ids, mask = batch()
+    state = runner.prefill(ids, mask, routing=np.array(routing, dtype=np.int64))
+    parts = [np.where(mask[..., None] > 0, state.logits, 0)]
+    for width in (3, 1):
+        state = runner.extend(state, np.full((len(ids), width), 7, dtype=np.int64))
+        parts.append(state.logits)
+    return np.concatenate(parts, axis=1)
+
+
+def close(found: np.ndarray, expected: np.ndarray, limit: float = LIMIT) -> None:
+    np.testing.assert_allclose(found, expected, rtol=0, atol=limit)
+
+
+def test_decisions_are_pytorchs(engine: OrtRunner, reference: TorchRunner) -> None:
+    ids, mask = batch()
+    expected, found = reference.prefill(ids, mask), engine.prefill(ids, mask)
+    assert 0 < expected.routing.mean() < 1
+    np.testing.assert_array_equal(found.routing, expected.routing)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("gates", ["mixed", "skip", "execute"])
+def test_logits_are_pytorchs_with_decisions_forced(
+    gates: str, engine: OrtRunner, reference: TorchRunner
+) -> None:
+    routing = {"mixed": MIXED, "skip": [[0, 0, 0]] * 6, "execute": [[1, 1, 1]] * 6}[gates]
+    close(run(engine, routing), run(reference, routing))
+
+
+def test_the_dense_peer_is_the_model(
+    folder: Path, base: BaseModel, routers: Routers, reference: TorchRunner
+) -> None:
+    from mskip.exporters.onnx_export import DENSE
+    from mskip.exporters.ort_runner import OrtRunner
+
+    close(run(OrtRunner(folder, DENSE, threads=1), [[]] * 6), run(reference, [[1, 1, 1]] * 6))
+
+
+def test_the_static_peer_lacks_its_sublayer(
+    folder: Path, base: BaseModel, case: tuple[str, Granularity], engine: OrtRunner
+) -> None:
+    from mskip.exporters.onnx_export import STATIC as FILE
+    from mskip.exporters.ort_runner import OrtRunner
+    from mskip.exporters.torch_runner import TorchRunner
+
+    gates = [int(layer != STATIC) for layer in ROUTED]
+    plain = routers_of(case[1], compensated=False)
+    with TorchRunner(base, plain, engine.contract) as reference:
+        expected = run(reference, [gates] * 6)
+    close(run(OrtRunner(folder, FILE, threads=1), [[]] * 6), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2, sliding"])
+def test_half_precision(name: str, make_tokenizer: Callable[..., Any], tmp_path: Path) -> None:
+    """Weights, keys and logits are float16; ONNX Runtime's CPU computes some of it in float32."""
+    import onnx
+
+    from mskip.exporters.onnx_export import MODEL
+    from mskip.exporters.ort_runner import OrtRunner
+    from mskip.exporters.torch_runner import TorchRunner
+
+    base = tiny(name, make_tokenizer)
+    base.model.half()
+    routers = routers_of("attention", compensated=False)
+    engine = OrtRunner(exported(base, routers, tmp_path), threads=1)
+    assert engine.contract.dtype == "float16"
+    stored = onnx.load(tmp_path / MODEL, load_external_data=False).graph.initializer
+    large = {onnx.TensorProto.DataType.Name(w.data_type) for w in stored if len(w.dims) == 2}
+    assert large - {"FLOAT"} == {"FLOAT16"}  # the routers stay float32
+    with TorchRunner(base, routers, engine.contract) as reference:
+        expected = run(reference, MIXED)
+    close(run(engine, MIXED), expected, 2e-2)
