@@ -15,11 +15,16 @@ import datetime
 import json
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mskip.compressor import baselines, router
 from mskip.compressor.artifact import versions
 from mskip.compressor.baselines import forced_to, kept_count, kept_of, static_gates
 from mskip.compressor.calibration import Paths, PromptScorer, UnreachableError, find_tau
@@ -29,7 +34,7 @@ from mskip.compressor.files import write_json
 from mskip.compressor.models import load_base
 from mskip.compressor.patching import patched
 from mskip.compressor.recipe import Recipe, load_recipe
-from mskip.compressor.router import Routers
+from mskip.compressor.router import Routers, prompt_mean
 from mskip.compressor.samples import Samples, read_samples
 from mskip.compressor.tune_step import (
     Measured,
@@ -50,11 +55,40 @@ VARIANTS: dict[str, list[str]] = {
     "raw mean, not standardised": ["router.normalize=false"],
     "next-token loss": ["tuning.loss=lm"],
     "hinge of the paper": ["tuning.constraint=hinge", "tuning.hinge_weight=1.0"],
+    # What the router sees: see `router_inputs_are`.
+    "last prompt token": [],
+    "last 8 prompt tokens": [],
     "rank 16": ["compensation.rank=16"],
     "rank 64": ["compensation.rank=64"],
     "rank full": ["compensation.rank=full"],
     "rank 64, refined": ["compensation.rank=64", "compensation.refine=true"],
 }
+
+
+SEEN = {"last prompt token": 1, "last 8 prompt tokens": 8}
+
+
+def mean_of_last(count: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """`prompt_mean` over the last ``count`` prompt positions of each row."""
+
+    def mean(hidden: Tensor, prompt_mask: Tensor) -> Tensor:
+        mask = prompt_mask.to(torch.float32)
+        after = mask.flip(1).cumsum(1).flip(1)  # of a prompt position: how many from it to the end
+        return prompt_mean(hidden, (mask * (after <= count)).bool())
+
+    return mean
+
+
+@contextmanager
+def router_inputs_are(variant: str) -> Iterator[None]:
+    """For an experiment only: routers see other positions than all of the prompt's."""
+    saved = router.prompt_mean, baselines.prompt_mean
+    if variant in SEEN:
+        router.prompt_mean = baselines.prompt_mean = mean_of_last(SEEN[variant])
+    try:
+        yield
+    finally:
+        router.prompt_mean, baselines.prompt_mean = saved
 
 
 def one(
@@ -162,7 +196,12 @@ def main() -> None:
                         for rule, order in dense.orders.items()
                     }
             folder = arguments.output.with_suffix(".checkpoints") / key.replace("/", "-")
-            saved["results"][key] = one(recipe, base, samples, dense, folder)
+            with router_inputs_are(name):
+                own = dense
+                if name in SEEN:
+                    with patched(base.model, bare):
+                        own = replace(dense, inputs=baselines.router_inputs(dense.reference))
+                saved["results"][key] = one(recipe, base, samples, own, folder)
             saved.update(
                 machine=machine("PyTorch", None), versions=versions(), settings=common,
                 date=datetime.date.today().isoformat(),

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -208,9 +208,41 @@ def _machine() -> Check:
     return Check("machine", OK, f"{cores} cores, {memory}")
 
 
-@app.command(rich_help_panel="Around a run", epilog="Example: mskip doctor --json")
-def doctor(as_json: AsJson = False) -> None:
-    """Tell what this machine can do and what is missing; exit status 1 when it must be mended."""
+@app.command(
+    rich_help_panel="Around a run",
+    epilog="Example: mskip doctor, or for an architecture: mskip doctor --model microsoft/phi-2",
+)
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Prove on a tiny random copy that this architecture can be routed; proposes a "
+            "row where it has none. Hub id, folder or embedded name; weights are not read.",
+        ),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code", metavar="", help="Run Python code that the model brings."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what this machine can do and what is missing; exit status 1 when it must be mended.
+
+    With --model: whether this model can be routed; exit status 3 when a check fails.
+    """
+    if model is not None:
+        from mskip.cli.doctor_model import examine, show
+
+        report = examine(model, trust_remote_code=trust_remote_code)
+        console.emit(report, as_json, show)
+        if not report["proven"]:
+            raise typer.Exit(3)
+        return
+    if trust_remote_code:
+        raise typer.BadParameter("it goes with --model.", param_hint="--trust-remote-code")
     checks = diagnose()
     broken = [check for check in checks if check.status in (MISSING, CLASH)]
     report = {"ok": not broken, "checks": [asdict(check) for check in checks]}

@@ -76,14 +76,16 @@ def announce_memory(recipe: Recipe) -> None:
 def _config(spec: ModelSpec) -> dict[str, Any] | None:
     """Of the text model, where a supported model's folder is at hand."""
     from mskip.compressor.embedded import PREFIX, converted_folder
-    from mskip.compressor.families import family_of
-    from mskip.compressor.models import text_entries
+    from mskip.compressor.families import family_of, register
+    from mskip.compressor.models import family_from, text_entries
 
     folder = Path(spec.name).expanduser()
     if spec.name.startswith(PREFIX):
         folder = converted_folder(spec.name)
     if not (folder / "config.json").is_file():
         return None
+    if spec.family is not None:
+        register(family_from(spec.family))
     config = text_entries(folder, trust_remote_code=spec.trust_remote_code)
     bare = SimpleNamespace(config=SimpleNamespace(**config))
     family_of(cast("PreTrainedModel", bare))  # it reads the configuration alone

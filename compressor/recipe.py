@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from mskip.compressor.errors import RecipeError
 from mskip.compressor.sublayers import Granularity, Unit
@@ -28,6 +35,8 @@ Positive = Annotated[float, Field(gt=0)]
 NonNeg = Annotated[float, Field(ge=0)]
 Layers = Annotated[list[Index], Field(min_length=1, json_schema_extra={"uniqueItems": True})]
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Part = Annotated[str, Field(min_length=1)]
+Parts = Part | Annotated[list[Part], Field(min_length=1)]
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_min_lr", "polynomial", "constant", "constant_with_warmup"
 ]
@@ -42,6 +51,50 @@ class _Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class FamilySpec(_Spec):
+    """A row for an architecture that has none: what `mskip doctor --model X` prints."""
+
+    model_type: Part = Field(description="model_type in the model's config.json.")
+    layers: Part = _key("model.layers", "Path of the list of decoder layers.")
+    attention: Part = _key("self_attn", "Attention, within a layer.")
+    attention_norm: Parts | None = _key(
+        "input_layernorm", "Norm before the attention, or several: the first there is; or null."
+    )
+    attention_post_norm: Part | None = _key(None, "Norm between attention and residual stream.")
+    mlp: Part = _key("mlp", "MLP, within a layer.")
+    mlp_norm: Parts | None = _key(
+        "post_attention_layernorm", "Norm before the MLP, or several: the first there is; or null."
+    )
+    mlp_post_norm: Part | None = _key(None, "Norm between the MLP and the residual stream.")
+    cache: Part = _key("past_key_values", "Argument that hands layers and attention the cache.")
+    layer_gives_tuple: bool = _key(False, "A layer returns (hidden state, ...).")
+    final_norm: Part = _key("model.norm", "Path of the norm before the head.")
+    head: Part = _key("lm_head", "Path of the language-model head.")
+    logit_cap: Part | None = _key(None, "Configuration entry c: logits are c tanh(logits / c).")
+    logit_factor: Part | None = _key(None, "Entry by which the head's output is multiplied.")
+    logit_divisor: Part | None = _key(None, "Entry by which the head's output is divided.")
+    residual_factor: Part | None = _key(
+        None, "Entry by which a sublayer's output is multiplied before it is added."
+    )
+    layer_types: list[Literal["full_attention", "sliding_attention"]] = _key(
+        ["full_attention"], "Kinds of attention layer for which the row is right.", min_length=1
+    )
+    granularities: list[Granularity] = _key(
+        ["attention", "mlp", "block"], "What may be routed.", min_length=1
+    )
+    on: list[Part] = _key([], "Configuration entries that must be set and true.")
+    off: list[Part] = _key([], "Configuration entries that must be unset or false.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words(cls, entries: Any) -> Any:
+        if not isinstance(entries, dict):
+            return entries
+        # YAML 1.1, which PyYAML reads, takes the bare words on and off for true and false.
+        words = {True: "on", False: "off"}
+        return {words.get(k, k) if isinstance(k, bool) else k: v for k, v in entries.items()}
+
+
 class ModelSpec(_Spec):
     """The base model; its weights are never changed."""
 
@@ -52,7 +105,13 @@ class ModelSpec(_Spec):
     dtype: Literal["float32", "bfloat16", "float16"] = _key("float32", "Type of the base weights.")
     device: str = _key("auto", "Where it runs: cpu, cuda, cuda:1, or auto: a GPU if there is one.")
     device_map: str | None = _key(None, 'How accelerate spreads it over GPUs, such as "auto".')
+    shard: bool = _key(
+        False, "Decoder layers are spread over the processes of `accelerate launch`."
+    )
     trust_remote_code: bool = _key(False, "Run Python code that comes with the model.")
+    family: FamilySpec | None = _key(
+        None, "Row of an architecture that has none: see mskip doctor --model."
+    )
 
 
 class RoutingSpec(_Spec):
@@ -339,6 +398,8 @@ def _fault(error: Mapping[str, Any]) -> str:
     """One pydantic error in one line: dotted path, value, what is allowed."""
     path = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in error["loc"]).lstrip(".")
     if error["type"] in ("extra_forbidden", "invalid_key"):
+        if path.startswith("model.family."):
+            return f"unknown key '{path}'; a row has: {', '.join(FamilySpec.model_fields)}"
         near = difflib.get_close_matches(path, _paths(Recipe), n=1)
         return f"unknown key '{path}'" + (f", did you mean '{near[0]}'?" if near else "")
     if error["type"] == "missing":

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    Gemma2Config,
+    Glm4Config,
     LlamaForCausalLM,
-    Olmo2Config,
+    Olmo3Config,
     PreTrainedConfig,
 )
 
@@ -232,8 +232,8 @@ def test_fault_7_constraint_per_micro_batch(
 
 
 EXTRA_NORMS: dict[str, tuple[type[PreTrainedConfig], dict[str, int]]] = {
-    "gemma2": (Gemma2Config, {"head_dim": 8}),
-    "olmo2": (Olmo2Config, {}),
+    "glm4": (Glm4Config, {"head_dim": 8}),
+    "olmo3": (Olmo3Config, {}),
 }
 
 
