@@ -24,12 +24,13 @@ def examine(name: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
     Raises:
         ModelError: the model cannot be had, copied or described by a row.
     """
-    from mskip.compressor.detection import detect, tiny_copy
+    from mskip.compressor.detection import detect
     from mskip.compressor.families import family_of, row_for
     from mskip.compressor.models import family_entries, load_config
     from mskip.compressor.proof import prove
     from mskip.compressor.recipe import ModelSpec
     from mskip.compressor.sublayers import Granularity
+    from mskip.compressor.tiny import tiny_copy
 
     spec = ModelSpec(name=name, trust_remote_code=trust_remote_code)
     copy = tiny_copy(load_config(spec), trust_remote_code=trust_remote_code)

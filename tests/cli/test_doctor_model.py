@@ -83,9 +83,10 @@ def test_a_built_in_row_is_proven(mskip, tiny_folder):
 
 
 def test_what_is_printed_for_an_unknown_architecture_is_a_recipe(mskip, config_folder, tmp_path):
-    from mskip.compressor.detection import detect, tiny_copy
+    from mskip.compressor.detection import detect
     from mskip.compressor.models import family_from, load_config
     from mskip.compressor.recipe import load_recipe
+    from mskip.compressor.tiny import tiny_copy
 
     folder = config_folder("OPT")
     result = mskip("doctor", "--model", folder)

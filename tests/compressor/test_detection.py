@@ -16,7 +16,7 @@ from architectures import MODELS, make, row_of
 from pydantic import ValidationError
 
 from mskip.compressor import families
-from mskip.compressor.detection import detect, tiny_copy
+from mskip.compressor.detection import detect
 from mskip.compressor.errors import ModelError, RecipeError
 from mskip.compressor.families import FAMILIES, Family, family_of, register, registered
 from mskip.compressor.models import family_entries, family_from, load_base, load_config
@@ -24,6 +24,7 @@ from mskip.compressor.proof import prove
 from mskip.compressor.recipe import FamilySpec, ModelSpec, load_recipe
 from mskip.compressor.router import Routers
 from mskip.compressor.skipping import MindSkip
+from mskip.compressor.tiny import tiny_copy
 
 PHI = Family("phi", mlp_norm="input_layernorm", final_norm="model.final_layernorm")
 OPT = Family(
