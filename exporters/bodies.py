@@ -21,6 +21,7 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from mskip.compressor.compensation import low_rank_map
+from mskip.compressor.errors import ModelError
 from mskip.compressor.families import family_of
 from mskip.compressor.router import prompt_mean
 from mskip.compressor.sublayers import Sublayers
@@ -127,11 +128,13 @@ class Body:
         skip: what it gives where it is skipped, for all rows; None where that is nothing
             (attention, MLP) or the residual stream itself (block).
         shared: which of the sublayer's tensor arguments are the same for all rows.
+        mask: number of the argument whose last axis is past + sequence; None of an MLP.
     """
 
     execute: ir.Model
     skip: ir.Model | None
     shared: list[bool]
+    mask: int | None
 
 
 class _Skip:
@@ -261,9 +264,20 @@ def trace_bodies(
                 _trace(model, sublayers, layer, contract, given),
                 _trace_skip(model, sublayers, layer, contract) if compensated else None,
                 [tensor.shape[0] != BATCH for tensor in given.examples],
+                None if sublayers.granularity == "mlp" else _mask_of(given, layer),
             )
         bodies[layer] = known[key]
     return bodies
+
+
+def _mask_of(given: Arguments, layer: int) -> int:
+    for number, tensor in enumerate(given.examples):
+        if tensor.shape[-1] == PAST + POSITIONS:
+            return number
+    raise ModelError(
+        f"decoder layer {layer} is handed no attention mask, by which a graph with padded rows "
+        "would know them; such a model cannot be exported."
+    )
 
 
 def _shape_of(model: PreTrainedModel, sublayers: Sublayers, layer: int) -> tuple[Any, ...]:

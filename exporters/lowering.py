@@ -98,7 +98,7 @@ class _Builder:
             place, past = place[:-2], place[-2:]
         weights = self._weights(layer)
         then = self._executed(layer, body, gate, hidden, place, past, weights)
-        otherwise = self._skip(layer, body, hidden, past, weights)
+        otherwise = self._skip(layer, body, hidden, place, weights)
 
         top = tape.Tape()
         whole = top.op("Cast", [gate], attributes={"to": ir.DataType.INT32})
@@ -166,20 +166,19 @@ class _Builder:
         layer: int,
         body: Body,
         hidden: ir.Value,
-        past: list[ir.Value],
+        place: list[ir.Value],
         weights: list[ir.Value],
     ) -> ir.Graph:
         """The else-branch: what a skip gives, and a cache without rows."""
         name = f"layers.{layer}.skip/"
         skip = tape.Tape()
         empty = []
-        if past:
+        if body.mask is not None:
             contract = self.traced.contract
-            seen = skip.op("Shape", [past[0]], attributes={"start": 2, "end": 3})
-            new = skip.op("Shape", [hidden], attributes={"start": 1, "end": 2})
             parts = [
                 _constant(skip, np.array([0, contract.kv_heads], dtype=np.int64)),
-                skip.op("Add", [seen, new]),
+                # Past and new positions; the past itself is not looked at.
+                skip.op("Shape", [place[body.mask]], attributes={"start": -1}),
                 _constant(skip, np.array([contract.head_dim], dtype=np.int64)),
             ]
             shape = skip.op("Concat", parts, attributes={"axis": 0})

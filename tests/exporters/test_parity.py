@@ -20,6 +20,7 @@ from mskip.compressor.recipe import Recipe, ValidationLimits
 from mskip.compressor.samples import run_samples
 from mskip.exporters import laziness, parity
 from mskip.exporters.contract import UNSCORED
+from mskip.exporters.layers import SCORE, SUBLAYER
 from mskip.exporters.laziness import branch_nodes, filled, measure_laziness
 from mskip.exporters.lowering import _Builder, branch_prefix
 from mskip.exporters.onnx_export import CONTRACT, DATA, MODEL
@@ -35,7 +36,6 @@ from mskip.exporters.parity import (
 )
 from mskip.exporters.runner import Floats, Ints, Runner, State
 from mskip.exporters.torch_runner import TorchRunner
-from mskip.exporters.tracing import SCORE, SUBLAYER
 
 if TYPE_CHECKING:
     from conftest import Exported
