@@ -87,6 +87,8 @@ def _worth(worth: dict[str, Any]) -> None:
     ]
     table("Is deciding per prompt worth it?", ["", CAPACITY, ">KL, held-out"], rows)
     say()
+    if "routed_answer_capacity" in worth:  # per token, where answers decide for themselves too
+        say(f"capacity of the answers' tokens: {capacity_words(worth['routed_answer_capacity'])}")
     low, high = worth["difference_interval"]
     say(f"routed - static: 95 % {low:+.4f} .. {high:+.4f} nats ({worth['prompts']} prompts)")
     if worth["better"]:
@@ -281,8 +283,6 @@ def summary(reports: dict[str, Any]) -> None:
         # With nothing in the place of what is removed.
         key=lambda row: ("rank" in row["method"], float(row["kl"])),
     )
-    validation, tokens = reports["validate"], reports["validate"]["tokens"]
-    passed = sum(gate["passed"] is True for gate in validation["gates"])
     rows: list[list[str | Text]] = [
         ["capacity", capacity_words(found["held_out"]), f"95 % {low:.3f} .. {high:.3f}, held-out"],
         ["KL to dense", f"{ours['kl']:.4f}", f"{ours['method']}, nats a token"],
@@ -292,6 +292,21 @@ def summary(reports: dict[str, Any]) -> None:
             f"{ours['perplexity']:.3f}",
             f"dense {dense['perplexity']:.3f}, static {best['perplexity']:.3f}",
         ],
+    ]
+    rows += _engine(reports) if "validate" in reports else []
+    table("The run", ["", "result", ""], rows)
+    gates = reports["validate"]["gates"] if "validate" in reports else []
+    failed = [gate["name"] for gate in gates if gate["passed"] is False]
+    if failed:
+        say()
+        say(f"failed gates: {', '.join(failed)}", console.FAILED)
+
+
+def _engine(reports: dict[str, Any]) -> list[list[str | Text]]:
+    """Rows about the exported graph."""
+    validation, tokens = reports["validate"], reports["validate"]["tokens"]
+    passed = sum(gate["passed"] is True for gate in validation["gates"])
+    rows: list[list[str | Text]] = [
         [
             "parity with PyTorch",
             verdict(validation["status"] == "passed"),
@@ -322,8 +337,4 @@ def summary(reports: dict[str, Any]) -> None:
                 f"{row['execute_ms'] / row['skip_ms']:.2f}x all-execute",
             ]
         )
-    table("The run", ["", "result", ""], rows)
-    failed = [gate["name"] for gate in validation["gates"] if gate["passed"] is False]
-    if failed:
-        say()
-        say(f"failed gates: {', '.join(failed)}", console.FAILED)
+    return rows

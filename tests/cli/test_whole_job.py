@@ -64,3 +64,15 @@ def test_the_commands_in_a_row(mskip, tiny_folder):
     ]
     assert "The run" in result.stdout
     assert "report.html" in result.stdout
+
+
+def test_a_run_per_token_ends_without_an_engine(mskip, tiny_folder):
+    tokens = ("--set", "routing.unit=token", "--set", "compensation.rank=0")
+    options = ("--set", f"model.name={tiny_folder}", *OVERRIDES, *tokens)
+    result = mskip("run", "smollm2-135m", *options, "--output", "runs/tokens")
+    assert result.exit_code == 0, result.stderr
+    assert "export, validate, bench: not run" in result.stderr
+    assert "KL to dense" in result.stdout
+    assert "parity with PyTorch" not in result.stdout
+    assert "report.html" in result.stdout
+    assert not Path("runs/tokens/onnx").exists()
