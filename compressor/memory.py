@@ -8,6 +8,7 @@ from typing import Any
 
 from mskip.compressor.recipe import Recipe
 from mskip.compressor.rowwise import ROWS
+from mskip.compressor.sharding import process_count
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -17,7 +18,8 @@ class TuningMemory:
     """Estimated bytes on the device of the base model, at the peak of a step.
 
     Attributes:
-        weights: of the base model.
+        weights: of the base model; where its layers are spread over processes, one share of
+            them, three whole layers, and what every process has whole.
         activations: what the backward pass keeps of the layers from the first routed one up.
         logits: of the rows that exist at one time, of teacher and student.
         store: dense activations kept between epochs, at most.
@@ -35,7 +37,11 @@ class TuningMemory:
 
 
 def tuning_memory(
-    recipe: Recipe, config: dict[str, Any], weights: int, samples: int
+    recipe: Recipe,
+    config: dict[str, Any],
+    weights: int,
+    samples: int,
+    processes: int | None = None,
 ) -> TuningMemory:
     """Estimate the memory of `tune_run`.
 
@@ -50,6 +56,7 @@ def tuning_memory(
         config: of the text model, ``config.json``.
         weights: bytes of the weights as they are loaded.
         samples: tuning samples, at most.
+        processes: of the launch; None goes by the environment.
     """
     hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
     heads = int(config["num_attention_heads"])
@@ -62,13 +69,27 @@ def tuning_memory(
     kept = upper * layer
     if recipe.tuning.gradient_checkpointing:
         kept = upper * element * hidden + layer
+    store = min(int(recipe.tuning.cache_gib * 2**30), samples * 2 * length * hidden * element)
+    if recipe.model.shard:
+        weights = _share_of(weights, config, element, processes or process_count())
+        store = 0  # see `Processes.tune`
     return TuningMemory(
         weights=weights,
         activations=batch * length * kept,
         # Float32 logits of both models, their difference and the gradient.
         logits=4 * 4 * ROWS * int(config["vocab_size"]),
-        store=min(int(recipe.tuning.cache_gib * 2**30), samples * 2 * length * hidden * element),
+        store=store,
     )
+
+
+def _share_of(weights: int, config: dict[str, Any], element: int, processes: int) -> int:
+    """Bytes of the weights in each of several processes; see `shard_layers`."""
+    table = int(config["vocab_size"]) * int(config["hidden_size"]) * element
+    whole = min(weights, table * (1 if config.get("tie_word_embeddings") else 2))
+    layers = weights - whole
+    # The layer that runs, the buffer in which it came, and the next one's.
+    three = 3 * layers // int(config["num_hidden_layers"])
+    return whole + min(layers, layers // processes + three)
 
 
 def weight_bytes(folder: Path, dtype: str) -> int:

@@ -38,6 +38,7 @@ __all__ = [
     "EMBEDDED",
     "BaseModel",
     "cache_home",
+    "device_of",
     "embedded_folder",
     "family_entries",
     "family_from",
@@ -234,8 +235,9 @@ def load_base(spec: ModelSpec) -> BaseModel:
         raise ModelError(f"cannot load the model in {folder}: {error}") from error
     if row is not None:
         _require_row(model, row)
-    if spec.device_map is None:
-        model.to(device=_device(spec))  # type: ignore[call-arg]
+    # Layers that are to be spread over processes go to their devices in parts.
+    if spec.device_map is None and not spec.shard:
+        model.to(device=device_of(spec))  # type: ignore[call-arg]
     model.requires_grad_(False)
     model.eval()
     tokenizer = load_tokenizer(folder, trust_remote_code=spec.trust_remote_code)
@@ -252,7 +254,7 @@ def _require_row(model: PreTrainedModel, row: Family) -> None:
     require_parts(model, row)
 
 
-def _device(spec: ModelSpec) -> torch.device:
+def device_of(spec: ModelSpec) -> torch.device:
     """Where a model goes that is not spread over several devices.
 
     Raises:

@@ -39,6 +39,7 @@ from mskip.compressor.progress import Progress, silent
 from mskip.compressor.recipe import CompensationSpec, Recipe
 from mskip.compressor.router import Routers
 from mskip.compressor.samples import Samples, run_samples
+from mskip.compressor.sharding import Tune, meet
 from mskip.compressor.starting import first_price, initialise
 from mskip.compressor.sublayers import Sublayers
 from mskip.compressor.tokenwise import require_masks
@@ -155,6 +156,9 @@ def tune_run(
 ) -> dict[str, Any]:
     """Make the routers of a run and save them.
 
+    Of several processes the first one does it, and all of them tune; with ``model.shard`` the
+    layers are spread over them, and stay so.
+
     Args:
         run: its folder is created; an earlier calibration in it is removed.
         recipe: the resolved recipe.
@@ -163,17 +167,32 @@ def tune_run(
         progress: shows every stage.
 
     Returns:
-        The report, as saved in ``reports/tune.json``.
+        The report, as saved in ``reports/tune.json``; empty in all processes but the first.
 
     Raises:
-        RecipeError: ``resume`` with another recipe than the interrupted one, or layers or a
-            rank that the model has not.
+        RecipeError: ``resume`` with another recipe than the interrupted one, layers or a
+            rank that the model has not, or ``model.shard`` in a single process.
         Interrupted: Ctrl-C, after a checkpoint.
     """
+    processes = meet(recipe.model, base)
+    if processes is None:
+        return _tune_run(run, recipe, base, tune, resume=resume, progress=progress)
+    if not processes.first:
+        processes.follow()
+        return {}
+    with processes.leading():
+        return _tune_run(run, recipe, base, processes.tune, resume=resume, progress=progress)
+
+
+def _tune_run(
+    run: Run, recipe: Recipe, base: BaseModel, train: Tune, *, resume: bool, progress: Progress
+) -> dict[str, Any]:
     started = time.monotonic()
     bare = routed_sublayers(recipe.model_copy(update={"compensation": CompensationSpec()}), base)
     sublayers = routed_sublayers(recipe, base)
-    _check_removed(recipe, sublayers.layers)
+    chooses = recipe.routing.layers is None and recipe.routing.choose == "least_harmful"
+    if not chooses:
+        _check_removed(recipe, sublayers.layers)
     if resume and (run.path / "recipe.yaml").is_file() and run.recipe() != recipe:
         raise RecipeError(
             f"the recipe differs from the one that {run.path} was started with.",
@@ -185,7 +204,7 @@ def tune_run(
     run.remember()
     samples = run_samples(run, recipe, base, progress)
     some = samples.tune[: recipe.router.sensitivity_prompts]
-    if recipe.routing.layers is None and recipe.routing.choose == "least_harmful":
+    if chooses:
         layers = least_harmful(base, recipe, some, progress)
         bare = replace(bare, layers=layers)
         sublayers = routed_sublayers(recipe, base, layers)
@@ -201,7 +220,7 @@ def tune_run(
         orders["compensated"] = measured.greedy.order
     make = _static if recipe.method == "static" else tune_routers
     work = Work(
-        run.checkpoints, recipe, base, sublayers, samples, measured, orders, resume, progress
+        run.checkpoints, recipe, base, sublayers, samples, measured, orders, resume, progress, train
     )
     routers, details = make(work)
     report = {
@@ -248,6 +267,7 @@ class Work:
         orders: order of removal by rule; what tuning learns is added.
         resume: go on from a checkpoint.
         progress: shows every stage.
+        train: trains routers or maps, in this process or in all of them.
     """
 
     checkpoints: Path
@@ -259,6 +279,7 @@ class Work:
     orders: dict[str, list[int]]
     resume: bool
     progress: Progress
+    train: Tune = tune
 
 
 def _check_removed(recipe: Recipe, layers: list[int]) -> None:
@@ -341,7 +362,7 @@ def _static(work: Work) -> tuple[Routers, dict[str, Any]]:
         kept = kept_of(order, kept_count(recipe.routing.capacity, len(order)))
         with torch.no_grad():
             routers.bias.copy_(static_gates(kept, len(order))[0].to(constant) - 0.5)
-        outcome = tune(
+        outcome = work.train(
             work.base,
             routers,
             work.samples.tune,
@@ -375,7 +396,7 @@ def tune_routers(work: Work) -> tuple[Routers, dict[str, Any]]:
         routers.to(work.base.model.device)
         initialise(routers, recipe.router, measured.inputs, measured.costs, target)
         stage = f"tune to capacity {target:g}"
-        outcome = tune(
+        outcome = work.train(
             work.base,
             routers,
             work.samples.tune,
