@@ -220,6 +220,7 @@ FAMILIES: dict[str, Family] = {
         # Which experts run is a routing of its own; theirs is left alone.
         Family("mixtral", layer_types=_EITHER, granularities=_ATTENTION_ONLY),
         Family("qwen3_moe", layer_types=_EITHER, granularities=_ATTENTION_ONLY),
+        Family("gpt_oss", layer_types=_EITHER, granularities=_ATTENTION_ONLY),
     )
 }
 

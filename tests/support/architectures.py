@@ -200,6 +200,18 @@ MODELS: dict[str, Tiny] = {
         },
         mlp="mlp",
     ),
+    # Attention sinks: a logit of every head that takes part in the softmax.
+    "gpt_oss, sliding": Tiny(
+        "GptOss",
+        {
+            **_EXPERTS,
+            "num_local_experts": 4,
+            "head_dim": 16,
+            "layer_types": _ALTERNATING,
+            "attention_bias": True,
+        },
+        mlp="mlp",
+    ),
 }
 
 

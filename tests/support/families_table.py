@@ -50,20 +50,31 @@ class FamiliesTable:
 
     def pytest_sessionfinish(self) -> None:
         """Write the page."""
+        page = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        before = {tuple(cells[:2]): cells[2:] for cells in map(_cells, page.splitlines()) if cells}
         rows = []
         for name in sorted(MODELS, key=lambda each: (row_of(each), each)):
             for kind in ("attention", "mlp", "block"):
-                cells = [self.cell(name, kind, engine) for engine in ("PyTorch", "ONNX")]
+                # What this session did not run stands as it was.
+                stood = before.get((name, kind), ["not run", "not run"])
+                cells = [
+                    self.cell(name, kind, engine) or cell
+                    for engine, cell in zip(("PyTorch", "ONNX"), stood, strict=True)
+                ]
                 rows.append(f"| {name} | {kind} | {' | '.join(cells)} |")
-        rest = ""
-        if self.path.exists():
-            rest = self.path.read_text(encoding="utf-8").partition("\n\n## Real models")[2]
-            rest = f"\n\n## Real models{rest}" if rest else "\n"
-        self.path.write_text(HEAD + "\n".join(rows) + (rest or "\n"), encoding="utf-8")
+        rest = page.partition("\n\n## Real models")[2]
+        rest = f"\n\n## Real models{rest}" if rest else "\n"
+        self.path.write_text(HEAD + "\n".join(rows) + rest, encoding="utf-8")
 
-    def cell(self, name: str, kind: str, engine: str) -> str:
-        """What was seen."""
+    def cell(self, name: str, kind: str, engine: str) -> str | None:
+        """What was seen; None of what was not run."""
         seen = self.outcomes.get((name, kind, engine))
         if seen:
             return "**failed**" if seen["failed"] else f"{seen['passed']} passed"
-        return self.reasons.get((name, kind), "not run")
+        return self.reasons.get((name, kind))
+
+
+def _cells(line: str) -> list[str]:
+    """Cells of a row of the table; nothing of another line."""
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    return cells if len(cells) == 4 and cells[1] in ("attention", "mlp", "block") else []
