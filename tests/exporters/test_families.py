@@ -191,11 +191,32 @@ def test_the_static_peer_lacks_its_sublayer(
     close(run(OrtRunner(folder, FILE, threads=1), [[]] * 6), expected)
 
 
+def stored_types(path: Path) -> set[str]:
+    """Of the weights; the routers, which stay float32, are left out."""
+    import onnx
+
+    stored = onnx.load(path, load_external_data=False).graph.initializer
+    names = {onnx.TensorProto.DataType.Name(w.data_type) for w in stored if len(w.dims) == 2}
+    return names - {"FLOAT"}
+
+
+def test_bfloat16_is_written_as_such(make_tokenizer: Callable[..., Any], tmp_path: Path) -> None:
+    """The checker passes; ONNX Runtime's CPU has no kernels to run it with."""
+    import torch
+
+    from mskip.exporters.contract import read_contract
+    from mskip.exporters.onnx_export import CONTRACT, MODEL
+
+    base = tiny("llama", make_tokenizer)
+    base.model.to(torch.bfloat16)
+    exported(base, routers_of("attention", compensated=False), tmp_path)
+    assert stored_types(tmp_path / MODEL) == {"BFLOAT16"}
+    assert read_contract(tmp_path / CONTRACT).dtype == "bfloat16"
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2, sliding"])
 def test_half_precision(name: str, make_tokenizer: Callable[..., Any], tmp_path: Path) -> None:
     """Weights, keys and logits are float16; ONNX Runtime's CPU computes some of it in float32."""
-    import onnx
-
     from mskip.exporters.onnx_export import MODEL
     from mskip.exporters.ort_runner import OrtRunner
     from mskip.exporters.torch_runner import TorchRunner
@@ -205,9 +226,7 @@ def test_half_precision(name: str, make_tokenizer: Callable[..., Any], tmp_path:
     routers = routers_of("attention", compensated=False)
     engine = OrtRunner(exported(base, routers, tmp_path), threads=1)
     assert engine.contract.dtype == "float16"
-    stored = onnx.load(tmp_path / MODEL, load_external_data=False).graph.initializer
-    large = {onnx.TensorProto.DataType.Name(w.data_type) for w in stored if len(w.dims) == 2}
-    assert large - {"FLOAT"} == {"FLOAT16"}  # the routers stay float32
+    assert stored_types(tmp_path / MODEL) == {"FLOAT16"}
     with TorchRunner(base, routers, engine.contract) as reference:
         expected = run(reference, MIXED)
     close(run(engine, MIXED), expected, 2e-2)
