@@ -22,7 +22,7 @@ import typer
 from rich.text import Text
 
 from mskip.cli import console
-from mskip.cli.options import AsJson
+from mskip.cli.options import AsJson, TrustRemoteCode
 
 app = typer.Typer()
 
@@ -221,12 +221,7 @@ def doctor(
             "row where it has none. Hub id, folder or embedded name; weights are not read.",
         ),
     ] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code", metavar="", help="Run Python code that the model brings."
-        ),
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell what this machine can do and what is missing; exit status 1 when it must be mended.

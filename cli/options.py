@@ -37,3 +37,7 @@ Quick = Annotated[
         "--quick", metavar="", help="Small grid: batch 1, contexts 128, 512, 2048; 3 repeats."
     ),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", metavar="", help="Run Python code that the model brings."),
+]

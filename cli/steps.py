@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mskip.cli import console, tables
-from mskip.cli.options import AsJson, Output, Overrides, Quick, RunFolder
+from mskip.cli.options import AsJson, Output, Overrides, Quick, RunFolder, TrustRemoteCode
 from mskip.cli.session import DEFAULT_RECIPE, check_same_recipe, is_tuned, resolve, working
 
 GATE_FAILED = 3
@@ -51,12 +51,7 @@ def tune(
         bool,
         typer.Option("--dry-run", metavar="", help="Print the recipe and the plan; write nothing."),
     ] = False,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code", metavar="", help="Run Python code that the model brings."
-        ),
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Tune routers for a base model, or remove sublayers for good; makes a run folder."""

@@ -7,8 +7,7 @@ without gradients, and serves the teacher, the student and every baseline.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mskip.compressor.families import Family, family_of
-from mskip.compressor.patching import by_name, passing, take_rows
+from mskip.compressor.patching import passing, take_rows
 from mskip.compressor.routing import Pass
+from mskip.compressor.standins import layers_replaced
 
 LayerArguments = dict[int, dict[str, Any]]
 """By decoder layer, what the model hands it beside the hidden state: mask, rotary tables.
@@ -79,7 +79,6 @@ class SplitModel:
     def __init__(self, model: PreTrainedModel, first: int) -> None:
         self.model = model
         self.family: Family = family_of(model)
-        self._container = model.get_submodule(self.family.layers)
         self._layers = list(enumerate(self.family.decoder_layers(model)))
         self.upper = self._layers[first:]
         self._norm = model.get_submodule(self.family.final_norm)
@@ -108,15 +107,15 @@ class SplitModel:
         hidden: list[Tensor] = []
         arguments: LayerArguments = {}
 
-        def note(number: int, given: Tensor, kwargs: dict[str, Any]) -> None:
+        def note(number: int, given: Tensor, kwargs: dict[str, Any]) -> Tensor:
             hidden.append(given)
             arguments[number] = kwargs
             if number == recorded[-1][0]:
                 raise _StemReached
+            return given
 
-        as_tuple = self.family.layer_gives_tuple
-        recorders = {number: _Recorder(number, layer, note, as_tuple) for number, layer in recorded}
-        with in_place(self._container, recorders), suppress(_StemReached):
+        numbers = [number for number, _ in recorded]
+        with layers_replaced(self.model, note, numbers), suppress(_StemReached):
             self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -173,40 +172,3 @@ class SplitModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's logits from final hidden states, [..., hidden] -> [..., vocabulary]."""
         return self.family.logits_of(self.model, hidden)
-
-
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer, whose hooks therefore see nothing of it."""
-
-    def __init__(
-        self,
-        number: int,
-        layer: nn.Module,
-        note: Callable[[int, Tensor, dict[str, Any]], None],
-        as_tuple: bool,
-    ) -> None:
-        super().__init__()
-        self.number = number
-        self.note = note
-        self.as_tuple = as_tuple
-        self.__dict__["layer"] = layer  # not as a submodule
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)  # models may ask a layer for its kind
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        named = dict(by_name(self.__dict__["layer"].forward, args, kwargs))
-        hidden: Tensor = named.pop("hidden_states")
-        self.note(self.number, hidden, named)
-        return (hidden, None) if self.as_tuple else hidden
-
-
-@contextmanager
-def in_place(layers: nn.Module, others: Mapping[int, nn.Module]) -> Iterator[None]:
-    """Put other modules in the places of some decoder layers for the duration of the block."""
-    saved = dict(layers._modules)
-    layers._modules.update({str(number): other for number, other in others.items()})
-    try:
-        yield
-    finally:
-        layers._modules.update(saved)

@@ -6,21 +6,19 @@ differ between architectures. What is traced is called with the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from mskip.compressor.families import Family, family_of
-from mskip.compressor.patching import by_name, passing, patched
+from mskip.compressor.families import family_of
+from mskip.compressor.patching import passing, patched
 from mskip.compressor.routing import Call
-from mskip.compressor.segments import in_place
+from mskip.compressor.standins import layers_replaced
 from mskip.compressor.sublayers import Sublayers
 
 BATCH, POSITIONS, PAST = 3, 5, 26
@@ -74,51 +72,6 @@ class Arguments:
 
 
 _HOLE = object()
-
-
-class StandIn(nn.Module):
-    """Takes the place of a decoder layer, and hands what it is called with to ``called``.
-
-    Args:
-        number: of the layer.
-        family: of the model.
-        layer: the layer.
-        called: given number, hidden state and the other arguments by name, returns the
-            layer's hidden state.
-    """
-
-    def __init__(
-        self, number: int, family: Family, layer: nn.Module,
-        called: Callable[[int, Tensor, dict[str, Any]], Tensor],
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.number = number
-        self.family = family
-        self.called = called
-        self.__dict__["layer"] = layer  # not as a submodule
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["layer"], name)  # models may ask a layer for its kind
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call ``called``."""
-        named = dict(by_name(self.__dict__["layer"].forward, args, kwargs))
-        hidden = self.called(self.number, named.pop("hidden_states"), named)
-        return (hidden, None) if self.family.layer_gives_tuple else hidden
-
-
-@contextmanager
-def layers_replaced(
-    model: PreTrainedModel, called: Callable[[int, Tensor, dict[str, Any]], Tensor]
-) -> Iterator[None]:
-    """Every decoder layer is a `StandIn` for the duration of the block."""
-    family = family_of(model)
-    stand_ins = {
-        number: StandIn(number, family, layer, called)
-        for number, layer in enumerate(family.decoder_layers(model))
-    }
-    with in_place(model.get_submodule(family.layers), stand_ins):
-        yield
 
 
 def layer_arguments(model: PreTrainedModel, cache: Any) -> dict[int, Arguments]:

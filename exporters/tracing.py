@@ -22,12 +22,12 @@ from transformers import PreTrainedModel
 
 from mskip.compressor.router import Routers
 from mskip.compressor.routing import UNDECIDED
+from mskip.compressor.standins import layers_replaced
 from mskip.exporters.arguments import (
     BATCH,
     PAST,
     POSITIONS,
     layer_arguments,
-    layers_replaced,
     sublayer_arguments,
     tensors_of,
 )

@@ -3,10 +3,8 @@ where they must be, and its arithmetic counts what PyTorch counts."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import tuning_arithmetic
+import tuning_contenders
+import tuning_cost
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from mskip.compressor.models import BaseModel
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tuning_cost.py"
@@ -28,26 +27,14 @@ CONTENDERS = ["ours", "plain", "plain-stopped", "plain-kl", "full"]
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("tuning_cost", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def job(script: ModuleType, tiny_folder: Path) -> Any:
+def job(tiny_folder: Path) -> Any:
     """Two epochs of two steps; one batch is short, lengths differ, and epochs mix them anew."""
     rng = random.Random(0)
     samples = []
     for _ in range(7):
         prompt, answer = rng.randint(6, 8), rng.randint(4, 6)
         samples.append(([rng.randrange(4, 90) for _ in range(prompt + answer)], prompt))
-    return script.Job(str(tiny_folder), LAYERS, samples, batch_size=4, steps=4)
+    return tuning_contenders.Job(str(tiny_folder), LAYERS, samples, batch_size=4, steps=4)
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +47,10 @@ def load(tiny_folder: Path) -> Callable[[], BaseModel]:
 
 
 @pytest.fixture(scope="module")
-def courses(script: ModuleType, job: Any, load: Callable[[], BaseModel]) -> dict[str, Any]:
+def courses(job: Any, load: Callable[[], BaseModel]) -> dict[str, Any]:
     """Every contender at a learning rate of zero, all but."""
-    assert list(script.TRAIN) == CONTENDERS
-    return {name: train(job, load(), STILL) for name, train in script.TRAIN.items()}
+    assert list(tuning_contenders.TRAIN) == CONTENDERS
+    return {name: train(job, load(), STILL) for name, train in tuning_contenders.TRAIN.items()}
 
 
 # -- losses -----------------------------------------------------------------------------------
@@ -84,7 +71,7 @@ def test_stopping_backward_changes_no_loss(courses: dict[str, Any]) -> None:
 
 
 def test_plain_loss_is_that_of_the_same_decisions_forced(
-    script: ModuleType, job: Any, load: Callable[[], BaseModel], courses: dict[str, Any]
+    job: Any, load: Callable[[], BaseModel], courses: dict[str, Any]
 ) -> None:
     """Gates as MindSkip decides them, loss as transformers computes it."""
     from mskip.compressor.encoding import Sample, collate
@@ -96,7 +83,7 @@ def test_plain_loss_is_that_of_the_same_decisions_forced(
     batch = collate(samples, int(base.tokenizer.pad_token_id))
     labels = batch["input_ids"].clone()
     labels[batch["prompt_mask"] | ~batch["attention_mask"].bool()] = -100
-    routers = script.first_routers(LAYERS, base.model.config.hidden_size, job.seed)
+    routers = tuning_contenders.first_routers(LAYERS, base.model.config.hidden_size, job.seed)
     with torch.no_grad(), MindSkip(base.model, routers):
         found = base.model(
             input_ids=batch["input_ids"],
@@ -114,7 +101,6 @@ def test_plain_loss_is_that_of_the_same_decisions_forced(
 
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_contender_trains(
-    script: ModuleType,
     job: Any,
     load: Callable[[], BaseModel],
     courses: dict[str, Any],
@@ -125,7 +111,7 @@ def test_contender_trains(
     base = load()
     before = {key: value.clone() for key, value in base.model.state_dict().items()}
     rate = 1e-2 if name == "full" else 1.0
-    course = script.TRAIN[name](job, base, rate)
+    course = tuning_contenders.TRAIN[name](job, base, rate)
     assert len(course.losses) == len(course.seconds) == job.steps
     assert course.seconds == sorted(course.seconds)
     assert course.losses[0] == pytest.approx(courses[name].losses[0], rel=1e-5)
@@ -139,7 +125,7 @@ def test_contender_trains(
     [("ours", 1), ("plain", 0), ("plain-stopped", 1), ("plain-kl", 0), ("full", 0)],
 )
 def test_backward_goes_down_to(
-    script: ModuleType, job: Any, load: Callable[[], BaseModel], name: str, lowest: int
+    job: Any, load: Callable[[], BaseModel], name: str, lowest: int
 ) -> None:
     """Through every layer, or no further than the first routed one."""
     base = load()
@@ -151,16 +137,16 @@ def test_backward_goes_down_to(
 
     for index, layer in enumerate(base.model.model.layers):
         layer.register_forward_hook(lambda m, a, o, index=index: note(m, a, o, index))
-    script.TRAIN[name](job, base, STILL)
+    tuning_contenders.TRAIN[name](job, base, STILL)
     assert sorted(reached) == sorted(list(range(lowest, 4)) * job.steps)
 
 
 # -- arithmetic -------------------------------------------------------------------------------
 
 
-def shape_of(script: ModuleType, model: Any) -> Any:
+def shape_of(model: Any) -> Any:
     config = model.config
-    return script.Shape(
+    return tuning_arithmetic.Shape(
         config.num_hidden_layers,
         config.hidden_size,
         config.intermediate_size,
@@ -175,7 +161,7 @@ def shape_of(script: ModuleType, model: Any) -> Any:
 
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_operations_are_those_that_pytorch_counts(
-    script: ModuleType, job: Any, load: Callable[[], BaseModel], name: str
+    job: Any, load: Callable[[], BaseModel], name: str
 ) -> None:
     """Matrix products without the attention's scores; nothing is padded, so nothing is extra."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -197,19 +183,20 @@ def test_operations_are_those_that_pytorch_counts(
     samples = [(list(range(4 + row, 20 + row)), 10) for row in range(6)]
     even = replace(job, samples=samples)
     with Products():
-        script.TRAIN[name](even, base, STILL)
-    shape = shape_of(script, base.model)
+        tuning_contenders.TRAIN[name](even, base, STILL)
+    shape = shape_of(base.model)
     tokens, answers = 6 * 16, 6 / 16  # an epoch's; two epochs are run
     works = ["ours, first epoch", "ours, later"] if name == "ours" else [name, name]
     expected = sum(
-        tokens * script.flops_per_token(shape, script.WORK[work], 0, answers) for work in works
+        tokens * tuning_arithmetic.flops_per_token(shape, tuning_arithmetic.WORK[work], 0, answers)
+        for work in works
     )
     assert counted == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_kept_bytes_are_those_that_autograd_keeps(
-    script: ModuleType, tiny_model: Callable[..., Any], load: Callable[[], BaseModel], name: str
+    tiny_model: Callable[..., Any], load: Callable[[], BaseModel], name: str
 ) -> None:
     from mskip.compressor.encoding import Sample, collate
     from mskip.compressor.loss import RelaxedPass
@@ -220,7 +207,7 @@ def test_kept_bytes_are_those_that_autograd_keeps(
     base = replace(load(), model=wide)
     model = base.model.requires_grad_(name == "full")
     batch = collate([Sample([5] * 40, 20), Sample([6] * 30, 20)], 0)
-    routers = script.first_routers(LAYERS, 64, 0).requires_grad_(True)
+    routers = tuning_contenders.first_routers(LAYERS, 64, 0).requires_grad_(True)
     linears = [torch.nn.Linear(64, 1) for _ in LAYERS]
     inputs = batch["input_ids"], batch["attention_mask"], batch["position_ids"]
     kept: dict[int, Tensor] = {}
@@ -238,7 +225,7 @@ def test_kept_bytes_are_those_that_autograd_keeps(
         through = name in ("plain", "plain-kl")
         embedded = model.get_input_embeddings()(inputs[0])
         embedded = embedded.requires_grad_() if through else embedded
-        gates = script.plain_gates(base, LAYERS, linears, batch["prompt_mask"])
+        gates = tuning_contenders.plain_gates(base, LAYERS, linears, batch["prompt_mask"])
         body = {"attention_mask": inputs[1], "position_ids": inputs[2], "use_cache": False}
         if name == "full":
             return model.model(inputs_embeds=embedded, **body).last_hidden_state
@@ -250,58 +237,57 @@ def test_kept_bytes_are_those_that_autograd_keeps(
     assert result.requires_grad
     weights = {value.untyped_storage().data_ptr() for value in model.parameters()}
     found = sum(v.untyped_storage().nbytes() for k, v in kept.items() if k not in weights)
-    work = script.WORK["ours, first epoch" if name == "ours" else name]
-    per_token = script.kept_bytes_per_token(shape_of(script, model), work, 40, 4)
+    work = tuning_arithmetic.WORK["ours, first epoch" if name == "ours" else name]
+    per_token = tuning_arithmetic.kept_bytes_per_token(shape_of(model), work, 40, 4)
     # The final norm, the tables of the rotary embedding and one number a norm are left out.
     assert 0 <= found / (2 * 40 * per_token) - 1 < 0.08
 
 
-def test_the_8b_has_its_parameters(script: ModuleType) -> None:
-    assert script.LLAMA_8B.parameters == pytest.approx(8.03e9, rel=1e-3)
+def test_the_8b_has_its_parameters() -> None:
+    assert tuning_arithmetic.LLAMA_8B.parameters == pytest.approx(8.03e9, rel=1e-3)
 
 
-def test_rates_by_epoch(script: ModuleType, job: Any) -> None:
+def test_rates_by_epoch(job: Any) -> None:
     """Twice as fast from the second epoch on: three epochs take two of the first."""
     tokens = sum(len(ids) for ids, _ in job.samples)
-    rates = script.rates_of(job, [3.0, 4.0, 5.0, 6.0], epochs=3.0)
+    rates = tuning_cost.rates_of(job, [3.0, 4.0, 5.0, 6.0], epochs=3.0)
     assert rates == pytest.approx(
         {"all": tokens / 3, "first": tokens / 4, "later": tokens / 2, "epochs": tokens * 3 / 8}
     )
-    short = script.rates_of(replace(job, steps=2), [3.0, 4.0], epochs=3.0)
+    short = tuning_cost.rates_of(replace(job, steps=2), [3.0, 4.0], epochs=3.0)
     assert short == pytest.approx({"all": tokens / 4, "first": tokens / 4})
 
 
-def test_ratios_are_taken_within_a_round(script: ModuleType) -> None:
-    found = script.ratio_and_spread([2.0, 30.0, 4.0], [1.0, 10.0, 2.0])
+def test_ratios_are_taken_within_a_round() -> None:
+    found = tuning_cost.ratio_and_spread([2.0, 30.0, 4.0], [1.0, 10.0, 2.0])
     assert found == pytest.approx({"ratio": 2.0, "spread": 0.25})
-    assert script.ratio_and_spread([3.0], [2.0]) == {"ratio": 1.5, "spread": None}
+    assert tuning_cost.ratio_and_spread([3.0], [2.0]) == {"ratio": 1.5, "spread": None}
 
 
 # -- the report -------------------------------------------------------------------------------
 
 
 def test_report_of_all_contenders(
-    script: ModuleType, job: Any, load: Callable[[], BaseModel], courses: dict[str, Any]
+    job: Any, load: Callable[[], BaseModel], courses: dict[str, Any]
 ) -> None:
     """Every contender has its row, here and for the 8B, within 80 columns."""
     resident = {"libraries_bytes": 10**8, "loaded_bytes": 2 * 10**8, "peak_bytes": 3 * 10**8}
     rounds = {name: [{**vars(course), **resident}] * 2 for name, course in courses.items()}
-    options = script.parse(["--model", job.model])
-    report = script.report_of(options, job, shape_of(script, load().model), rounds)
+    options = tuning_cost.parse(["--model", job.model])
+    report = tuning_cost.report_of(options, job, shape_of(load().model), rounds)
     names = [row["contender"] for row in report["rows"]]
-    assert names == [*list(script.WORK)[:2], "ours, 3 epochs", *CONTENDERS[1:]]
-    assert list(report["extrapolated"]["rows"]) == list(script.WORK)
+    assert names == [*list(tuning_arithmetic.WORK)[:2], "ours, 3 epochs", *CONTENDERS[1:]]
+    assert list(report["extrapolated"]["rows"]) == list(tuning_arithmetic.WORK)
     plain = report["extrapolated"]["rows"]["plain"]
     assert plain["minutes_as_measured"] == pytest.approx(plain["minutes"])
     assert report["rows"][3]["to_plain"] == {"ratio": 1.0, "spread": 0.0}
     assert report["same_loss"]["agree"]
-    text = script.table(report)
+    text = tuning_cost.table(report)
     assert "EXTRAPOLATED, not measured" in text
     assert max(map(len, text.splitlines())) <= 80
 
 
 def test_script_runs_every_contender_in_a_process_of_its_own(
-    script: ModuleType,
     tiny_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -312,7 +298,7 @@ def test_script_runs_every_contender_in_a_process_of_its_own(
     ]
     data, output = tmp_path / "data.jsonl", tmp_path / "report.json"
     data.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
-    status = script.main(
+    status = tuning_cost.main(
         [
             *("--model", str(tiny_folder), "--data", str(data), "--output", str(output)),
             *("--samples", "4", "--batch-size", "2", "--last", "2", "--repeats", "1"),
@@ -334,12 +320,12 @@ def test_script_runs_every_contender_in_a_process_of_its_own(
 
 
 def test_a_fault_of_the_user_is_told_without_a_traceback(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given, result = tmp_path / "given.json", tmp_path / "result.json"
-    options = vars(script.parse(["--model", str(tmp_path / "nothing")]))
+    options = vars(tuning_cost.parse(["--model", str(tmp_path / "nothing")]))
     given.write_text(json.dumps(options), "utf-8")
-    assert script._worker("prepare", str(given), str(result)) == 1
+    assert tuning_cost._worker("prepare", str(given), str(result)) == 1
     printed = capsys.readouterr().err
     assert "does not exist" in printed
     assert "Traceback" not in printed

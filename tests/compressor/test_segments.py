@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from architectures import unsupported
+from transformers import LlamaForCausalLM
 
 from mskip.compressor.encoding import Batch
 from mskip.compressor.errors import ModelError
@@ -214,13 +215,5 @@ def test_finish_without_a_pass_is_dense_when_routers_are_attached(
 
 
 def test_unsupported_architecture_is_refused() -> None:
-    config = OPTConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        ffn_dim=32,
-        word_embed_proj_dim=16,
-    )
     with pytest.raises(ModelError, match="'opt' is not supported"):
-        SplitModel(OPTForCausalLM(config), 1)
+        SplitModel(unsupported(), 1)

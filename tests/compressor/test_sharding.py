@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from processes import run_processes
 from safetensors.torch import load_file
 
 from mskip.compressor.artifact import Run
@@ -67,12 +64,6 @@ class Made(NamedTuple):
     ranks: dict[str, list[dict[str, Any]]]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def recipe_of(name: str, folder: Path, **changes: dict[str, Any]) -> Recipe:
     """A job's recipe; ``changes`` are merged into its sections."""
     value = {
@@ -104,32 +95,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, make_base: Callable[..., Base
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     jobs = {name: recipe_of(name, folder).model_dump() for name in (*JOBS, "faulty")}
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    common = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(TWO),
-        "LOCAL_WORLD_SIZE": str(TWO),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("sharded_processes.py")), str(folder)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(TWO)
-    ]
-    try:
-        outputs = [process.communicate(timeout=180)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    run_processes(Path(__file__).with_name("sharded_processes.py"), folder, TWO, 180)
     ranks = {
         name: [json.loads((folder / name / f"rank-{rank}.json").read_text()) for rank in range(TWO)]
         for name in jobs

@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from architectures import unsupported
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
-from transformers import DynamicCache, LlamaForCausalLM, OPTConfig, OPTForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaForCausalLM, StaticCache
 
 from mskip.compressor.cache import RoutedCache
 from mskip.compressor.encoding import Batch, Sample, collate
@@ -243,15 +244,7 @@ def test_impossible_layers_are_refused(
 
 
 def test_unsupported_architecture_is_refused() -> None:
-    config = OPTConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        ffn_dim=32,
-        word_embed_proj_dim=16,
-    )
-    model = OPTForCausalLM(config)
+    model = unsupported()
     with pytest.raises(ModelError, match=r"'opt' is not supported; supported: .*\bllama\b") as e:
         MindSkip(model, Routers([1], 16))
     assert "families.py" in str(e.value)

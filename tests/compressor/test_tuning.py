@@ -7,13 +7,11 @@ import json
 import os
 import pickle
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -582,41 +580,9 @@ def test_newest_checkpoint_goes_by_number(tmp_path: Path) -> None:
 # -- several processes ------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def run_processes(folder: Path, count: int) -> list[dict[str, Any]]:
     """Run the job in ``folder`` as torchrun would, on gloo, and read what each process made."""
-    script = Path(__file__).with_name("two_processes.py")
-    common = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(folder)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    processes.run_processes(Path(__file__).with_name("two_processes.py"), folder, count, 120)
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(count)]
 
 

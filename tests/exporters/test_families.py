@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from architectures import HIDDEN, MODELS, make, row_of
+from forced import batch_of, forced_logits
 
 if TYPE_CHECKING:
     from mskip.compressor.models import BaseModel
@@ -126,26 +127,12 @@ def reference(base: BaseModel, routers: Routers, engine: OrtRunner) -> Iterator[
         yield runner
 
 
-def batch() -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of 3 to 8 tokens, padded on the left: shorter and longer than a window."""
-    from mskip.exporters.runner import left_padded
-
-    rng = np.random.default_rng(5)
-    return left_padded([rng.integers(4, 90, 3 + n).tolist() for n in range(6)], 0)
-
-
 MIXED = [[1, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 0], [1, 1, 0], [0, 0, 1]]
 
 
 def run(runner: Runner, routing: list[list[int]]) -> np.ndarray:
-    """Logits of a prefill, a chunk of three tokens and a step, with decisions forced."""
-    ids, mask = batch()
-    state = runner.prefill(ids, mask, routing=np.array(routing, dtype=np.int64))
-    parts = [np.where(mask[..., None] > 0, state.logits, 0)]
-    for width in (3, 1):
-        state = runner.extend(state, np.full((len(ids), width), 7, dtype=np.int64))
-        parts.append(state.logits)
-    return np.concatenate(parts, axis=1)
+    """Of prompts of 3 to 8 tokens, shorter and longer than a window, and four more tokens."""
+    return forced_logits(runner, *batch_of(6), np.array(routing, dtype=np.int64))
 
 
 def close(found: np.ndarray, expected: np.ndarray, limit: float = LIMIT) -> None:
@@ -153,7 +140,7 @@ def close(found: np.ndarray, expected: np.ndarray, limit: float = LIMIT) -> None
 
 
 def test_decisions_are_pytorchs(engine: OrtRunner, reference: TorchRunner) -> None:
-    ids, mask = batch()
+    ids, mask = batch_of(6)
     expected, found = reference.prefill(ids, mask), engine.prefill(ids, mask)
     assert 0 < expected.routing.mean() < 1
     np.testing.assert_array_equal(found.routing, expected.routing)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from forced import batch_of, forced_logits
 
 from mskip.compressor.sublayers import Granularity
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from mskip.compressor.models import BaseModel
     from mskip.compressor.router import Routers
     from mskip.exporters.ort_runner import OrtRunner
-    from mskip.exporters.runner import Runner
     from mskip.exporters.torch_runner import TorchRunner
 
 LAYERS = [1, 2]
@@ -88,43 +88,24 @@ def reference(base: BaseModel, routers: Routers, engine: OrtRunner) -> Iterator[
         yield runner
 
 
-def prompts(count: int) -> list[list[int]]:
-    rng = np.random.default_rng(5)
-    return [rng.integers(4, 90, 3 + n).tolist() for n in range(count)]
-
-
-def run(
-    runner: Runner, ids: np.ndarray, mask: np.ndarray, routing: np.ndarray | None
-) -> np.ndarray:
-    """Logits of a prefill, a chunk of three tokens and a step."""
-    state = runner.prefill(ids, mask, routing=routing)
-    parts = [np.where(mask[..., None] > 0, state.logits, 0)]
-    for width in (3, 1):
-        state = runner.extend(state, np.full((len(ids), width), 7, dtype=np.int64))
-        parts.append(state.logits)
-    return np.concatenate(parts, axis=1)
-
-
 @pytest.mark.parametrize("gates", ["mixed", "skip", "execute"])
 def test_logits_with_decisions_forced(
     gates: str, engine: OrtRunner, reference: TorchRunner
 ) -> None:
-    from mskip.exporters.runner import left_padded
-
-    ids, mask = left_padded(prompts(4), 0)
+    ids, mask = batch_of(4)
     routing = {
         "mixed": np.array([[1, 0], [0, 1], [1, 1], [0, 0]], dtype=np.int64),
         "skip": np.zeros((4, 2), dtype=np.int64),
         "execute": np.ones((4, 2), dtype=np.int64),
     }[gates]
-    expected = run(reference, ids, mask, routing)
-    np.testing.assert_allclose(run(engine, ids, mask, routing), expected, rtol=0, atol=2e-4)
+    expected = forced_logits(reference, ids, mask, routing)
+    np.testing.assert_allclose(
+        forced_logits(engine, ids, mask, routing), expected, rtol=0, atol=2e-4
+    )
 
 
 def test_decisions_and_scores(engine: OrtRunner, reference: TorchRunner) -> None:
-    from mskip.exporters.runner import left_padded
-
-    ids, mask = left_padded(prompts(12), 0)
+    ids, mask = batch_of(12)
     expected, found = reference.prefill(ids, mask), engine.prefill(ids, mask)
     assert 0 < expected.routing.mean() < 1
     np.testing.assert_array_equal(found.routing, expected.routing)
@@ -135,9 +116,7 @@ def test_keys_of_executing_rows_only(
     case: tuple[Granularity, int], engine: OrtRunner, reference: TorchRunner
 ) -> None:
     """A routed MLP leaves the cache alone."""
-    from mskip.exporters.runner import left_padded
-
-    ids, mask = left_padded(prompts(4), 0)
+    ids, mask = batch_of(4)
     routing = np.array([[1, 0], [0, 0], [0, 0], [1, 0]], dtype=np.int64)
     state = engine.prefill(ids, mask, routing=routing)
     rows = [state.cache[f"past_key_values.{layer}.key"].shape()[0] for layer in range(4)]
@@ -154,14 +133,13 @@ def test_peers_equal_forced_decisions(
 ) -> None:  # fmt: skip
     """Where nothing stands in for a skip, static removal is skipping always."""
     from mskip.exporters.ort_runner import OrtRunner
-    from mskip.exporters.runner import left_padded
 
     if removed and case[1]:
         pytest.skip("the static peer has no compensation")
-    ids, mask = left_padded(prompts(3), 0)
+    ids, mask = batch_of(3)
     routing = np.array([[layer not in removed for layer in LAYERS]] * 3, dtype=np.int64)
-    expected = run(reference, ids, mask, routing)
-    found = run(OrtRunner(folder, file, threads=1), ids, mask, routing)
+    expected = forced_logits(reference, ids, mask, routing)
+    found = forced_logits(OrtRunner(folder, file, threads=1), ids, mask, routing)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
 
 
@@ -171,6 +149,6 @@ def test_skipping_reads_no_weight_of_the_sublayer(
     """No node of the then-branch runs when every sequence skips."""
     from mskip.exporters.laziness import profiled
 
-    ids = np.array([prompts(1)[0]], dtype=np.int64)
+    ids, _ = batch_of(1)
     assert profiled(folder, ids, 0)[0] == 0
     assert profiled(folder, ids, 1)[0] > 2 * len(LAYERS)

@@ -249,6 +249,15 @@ def make(name: str, attention: str | None = None, seed: int = 0) -> PreTrainedMo
     return ready
 
 
+def unsupported() -> PreTrainedModel:
+    """A tiny model of an architecture that has no row."""
+    config = transformers.OPTConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=32,
+        word_embed_proj_dim=16,
+    )  # fmt: skip
+    return transformers.OPTForCausalLM(config)
+
+
 def layers_of(name: str, model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers."""
     layers = model.get_submodule(MODELS[name].layers)
