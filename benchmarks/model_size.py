@@ -63,25 +63,25 @@ def main() -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """KL against parameters, both on logarithmic axes."""
+    """KL against the number of parameters, which is on a logarithmic axis."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
     sizes = [row["parameters"] / 1e6 for row in rows]
     for key, label in (("static_kl", "removed for good"), ("routed_kl", "routed")):
         axes.plot(sizes, [row[key] for row in rows], "o-", label=label)
-    for row in rows:
-        name = row["model"].removeprefix("embedded:")
-        place = row["parameters"] / 1e6, max(row["static_kl"], row["routed_kl"])
-        axes.annotate(name, place, xytext=(0, 6), textcoords="offset points", fontsize=8)
     axes.set(
-        xscale="log", xlabel="parameters, millions",
+        xscale="log",
         ylabel="KL to the dense model, nats a token",
         title="Half of the routed attention skipped",
     )  # fmt: skip
+    names = [row["model"].removeprefix("embedded:") for row in rows]
+    ticks = [f"{name}\n{size:,.0f} M" for name, size in zip(names, sizes, strict=True)]
+    axes.set_xticks(sizes, ticks, fontsize=7)
+    axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.margins(x=0.25)
     axes.legend()
