@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,23 @@ Quick = Annotated[
     bool,
     typer.Option(
         "--quick", metavar="", help="Small grid: batch 1, contexts 128, 512, 2048; 3 repeats."
+    ),
+]
+
+
+class Target(StrEnum):
+    """Whose operators the graph may use."""
+
+    portable = "portable"
+    ort = "ort"
+
+
+GraphTarget = Annotated[
+    Target,
+    typer.Option(
+        "--target",
+        metavar="portable|ort",
+        help="Standard operators, or ONNX Runtime's fused ones with keys and values in place.",
     ),
 ]
 TrustRemoteCode = Annotated[

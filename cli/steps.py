@@ -8,7 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from mskip.cli import console, tables
-from mskip.cli.options import AsJson, Output, Overrides, Quick, RunFolder, TrustRemoteCode
+from mskip.cli.options import (
+    AsJson,
+    GraphTarget,
+    Output,
+    Overrides,
+    Quick,
+    RunFolder,
+    Target,
+    TrustRemoteCode,
+)
 from mskip.cli.session import DEFAULT_RECIPE, check_same_recipe, is_tuned, resolve, working
 
 GATE_FAILED = 3
@@ -153,7 +162,7 @@ def calibrate(
         tables.next_step(opened.path, following)
 
 
-@app.command(rich_help_panel="Steps of a run", epilog="Example: mskip export --onnx")
+@app.command(rich_help_panel="Steps of a run", epilog="Example: mskip export --target ort")
 def export(
     run: RunFolder = None,
     onnx: Annotated[
@@ -165,6 +174,7 @@ def export(
     triton: Annotated[
         bool, typer.Option("--triton", metavar="", help="Triton repository: not yet.")
     ] = False,
+    target: GraphTarget = Target.portable,
     as_json: AsJson = False,
 ) -> None:
     """Export the conditional graph, with its contract and tokenizer."""
@@ -183,14 +193,16 @@ def export(
     from mskip.exporters.onnx_export import export_run
 
     with working(opened.recipe().model) as (base, progress):
-        report = export_run(opened, base, progress)
+        report = export_run(opened, base, progress, target.value)
     console.emit(report, as_json, lambda value: tables.exported(value, opened.path))
     if not as_json:
-        tables.next_step(opened.path, "mskip validate")
+        tables.next_step(opened.path, f"mskip validate{_again(target)}")
 
 
 @app.command(rich_help_panel="Steps of a run", epilog="Example: mskip validate runs/smollm2-135m")
-def validate(run: RunFolder = None, as_json: AsJson = False) -> None:
+def validate(
+    run: RunFolder = None, target: GraphTarget = Target.portable, as_json: AsJson = False
+) -> None:
     """Prove the export against PyTorch; exit status 3 when a gate fails."""
     from mskip.compressor.artifact import open_run
 
@@ -199,12 +211,16 @@ def validate(run: RunFolder = None, as_json: AsJson = False) -> None:
     from mskip.exporters.parity import validate_run
 
     with working(opened.recipe().model) as (base, progress):
-        report = validate_run(opened, base, progress)
+        report = validate_run(opened, base, progress, target.value)
     console.emit(report, as_json, tables.validated)
     if report["status"] != "passed":
         raise typer.Exit(GATE_FAILED)
     if not as_json:
-        tables.next_step(opened.path, "mskip bench")
+        tables.next_step(opened.path, f"mskip bench{_again(target)}")
+
+
+def _again(target: Target) -> str:
+    return "" if target is Target.portable else f" --target {target}"
 
 
 def _counts(text: str | None, option: str) -> list[int] | None:
@@ -251,6 +267,7 @@ def bench(
     repeats: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Timed rounds; likewise.")
     ] = None,
+    target: GraphTarget = Target.portable,
     as_json: AsJson = False,
 ) -> None:
     """Time dense, routed, all-execute, all-skip and static engines, interleaved."""
@@ -267,6 +284,7 @@ def bench(
             contexts=contexts,
             repeats=repeats,
             progress=progress,
+            target=target.value,
         )
     console.emit(report, as_json, tables.benched)
     if not as_json:

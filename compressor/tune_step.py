@@ -48,7 +48,10 @@ from mskip.compressor.units import prompt_paths
 from mskip.compressor.worth import is_dynamic_worth_it
 
 # Reports that describe the run at one tau.
-AFTER_CALIBRATION = ("eval", "export", "validate", "bench", "tasks")
+AFTER_CALIBRATION = (
+    *("eval", "export", "validate", "bench", "tasks"),
+    *("export-ort", "validate-ort", "bench-ort"),
+)
 
 
 def routed_sublayers(recipe: Recipe, base: BaseModel, layers: list[int] | None = None) -> Sublayers:

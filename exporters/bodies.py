@@ -26,7 +26,8 @@ from mskip.compressor.families import family_of
 from mskip.compressor.router import prompt_mean
 from mskip.compressor.sublayers import Sublayers
 from mskip.exporters.arguments import BATCH, PAST, POSITIONS, Arguments
-from mskip.exporters.contract import Contract
+from mskip.exporters.contract import Contract, Target
+from mskip.exporters.graph_cache import graph_cache
 
 # Folding may compute shapes, never weights: a folded weight is a second copy.
 _FOLD_LIMIT = 4096
@@ -68,39 +69,6 @@ def to_ir(
     return model
 
 
-class GraphCache:
-    """The model's cache interface over graph inputs: reads past, collects present."""
-
-    is_compileable = False
-
-    def __init__(self, past: list[tuple[Tensor, Tensor]], length: Any) -> None:
-        self.past = past
-        self.length = length
-        self.present: list[tuple[Tensor, Tensor] | None] = [None] * len(past)
-        self.is_sliding = [False] * len(past)
-
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """Positions in the past."""
-        return self.length
-
-    def get_query_offset(self, layer_idx: int = 0) -> Any:
-        """Position of the first query."""
-        return self.length
-
-    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[Any, int]:
-        """Width of the mask, and the position of its first key."""
-        return self.length + query_length, 0
-
-    def update(
-        self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append new keys and values."""
-        past_key, past_value = self.past[layer_idx]
-        present = torch.cat([past_key, key], dim=2), torch.cat([past_value, value], dim=2)
-        self.present[layer_idx] = present
-        return present
-
-
 def body_weights(model: PreTrainedModel, sublayers: Sublayers, layer: int) -> dict[str, Tensor]:
     """What a routed layer's body reads, by name, in the order in which it takes it.
 
@@ -128,7 +96,8 @@ class Body:
         skip: what it gives where it is skipped, for all rows; None where that is nothing
             (attention, MLP) or the residual stream itself (block).
         shared: which of the sublayer's tensor arguments are the same for all rows.
-        mask: number of the argument whose last axis is past + sequence; None of an MLP.
+        mask: number of the argument whose last axis is past + sequence; None where there is
+            none: of an MLP, and with fused attention.
     """
 
     execute: ir.Model
@@ -172,9 +141,15 @@ class _SublayerBody(nn.Module):
     """One sublayer; its weights are arguments."""
 
     def __init__(
-        self, model: PreTrainedModel, sublayers: Sublayers, layer: int, arguments: Arguments
+        self,
+        model: PreTrainedModel,
+        sublayers: Sublayers,
+        layer: int,
+        arguments: Arguments,
+        target: Target,
     ) -> None:
         super().__init__()
+        self.cache = graph_cache(target)
         self.family = family_of(model)
         self.kind = sublayers.granularity
         # Not registered: a parameter of its own would become an initializer of the trace.
@@ -204,7 +179,7 @@ class _SublayerBody(nn.Module):
         own = {n: v for n, v in named.items() if not n.startswith(("compensation.", "post_norm."))}
         cache = None
         if self.kind != "mlp":
-            cache = GraphCache([(past[0], past[1])] * (self.layer + 1), past[0].shape[2])
+            cache = self.cache([(past[0], past[1])] * (self.layer + 1), past[0].shape[2])
         output = torch.func.functional_call(
             self.__dict__["sublayer"], own, (hidden,), self.arguments.filled(place, cache)
         )
@@ -253,6 +228,7 @@ def trace_bodies(
         contract: the routed graph's contract.
         arguments: how the model calls them, see `record_arguments`.
     """
+    unmasked = sublayers.granularity == "mlp" or contract.target == "ort"
     known: dict[Any, Body] = {}
     bodies = {}
     for layer in sublayers.layers:
@@ -264,7 +240,7 @@ def trace_bodies(
                 _trace(model, sublayers, layer, contract, given),
                 _trace_skip(model, sublayers, layer, contract) if compensated else None,
                 [tensor.shape[0] != BATCH for tensor in given.examples],
-                None if sublayers.granularity == "mlp" else _mask_of(given, layer),
+                None if unmasked else _mask_of(given, layer),
             )
         bodies[layer] = known[key]
     return bodies
@@ -325,7 +301,7 @@ def _trace(
     inputs = ["hidden", *(f"place.{number}" for number in range(len(arguments.examples)))]
     inputs += ["past_key", "past_value"] if cached else []
     outputs = ["output", "present_key", "present_value"] if cached else ["output"]
-    body = _SublayerBody(model, sublayers, layer, arguments)
+    body = _SublayerBody(model, sublayers, layer, arguments, contract.target)
     return to_ir(body, args, shapes, ([*inputs, *weights], outputs), contract.opset)
 
 

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mskip.compressor.errors import ArtifactError
 from mskip.compressor.files import read_json, write_json
 from mskip.compressor.sublayers import Granularity
 
-FORMAT = 2
+FORMAT = 3
 UNSCORED = -1.0
 """Value in ``routing_scores`` where no score was computed (nothing was undecided)."""
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "past + sequence"
+CAPACITY, KEPT = "capacity", "kept"
+
+Target = Literal["portable", "ort"]
+"""Standard operators only, or the fused forms of ONNX Runtime."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,9 @@ class Contract:
         removed_layers: decoder layers that lack the sublayer (static graphs).
         granularity: which sublayer is routed or removed.
         compensation_rank: rank of the map that stands for a skipped sublayer; 0 for nothing.
+        target: which operators the graph may use. For "ort", keys and values lie in buffers
+            with room for more positions than are in them, the real tokens of a row come first
+            (padding on the right), and logits are given for the columns named in ``logits_at``.
     """
 
     layers: int
@@ -74,9 +81,11 @@ class Contract:
     removed_layers: list[int]
     granularity: Granularity = "attention"
     compensation_rank: int = 0
+    target: Target = "portable"
 
     def kv_axes(self, layer: int, length: str) -> list[str | int]:
         """Axes of a layer's keys or values; ``length`` is the symbol of its positions."""
+        length = CAPACITY if self.target == "ort" else length
         rows = f"rows_{layer}" if layer in self.compact_layers else BATCH
         return [rows, self.kv_heads, length, self.head_dim]
 
@@ -99,6 +108,8 @@ class Contract:
             TensorSpec("attention_mask", "int64", [BATCH, TOTAL]),
             TensorSpec("position_ids", "int64", [BATCH, SEQUENCE]),
         ]
+        if self.target == "ort":
+            specs.append(TensorSpec("logits_at", "int64", [BATCH, KEPT]))
         if routed:
             specs.append(TensorSpec("routing", "int64", [BATCH, routed]))
             specs.append(TensorSpec("tau", "float32", [routed], optional=True))
@@ -111,7 +122,8 @@ class Contract:
     def outputs(self) -> list[TensorSpec]:
         """Outputs in the order of the graph."""
         routed = len(self.routed_layers)
-        specs = [TensorSpec("logits", self.dtype, [BATCH, SEQUENCE, self.vocabulary])]
+        positions = KEPT if self.target == "ort" else SEQUENCE
+        specs = [TensorSpec("logits", self.dtype, [BATCH, positions, self.vocabulary])]
         if routed:
             specs.append(TensorSpec("routing_out", "int64", [BATCH, routed]))
             specs.append(TensorSpec("routing_scores", "float32", [BATCH, routed]))

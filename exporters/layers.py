@@ -19,8 +19,9 @@ from mskip.compressor.patching import passing, patched
 from mskip.compressor.routing import UNDECIDED, Call
 from mskip.compressor.sublayers import Granularity, Sublayers
 from mskip.exporters.arguments import BATCH, PAST, POSITIONS, Arguments, tensors_of
-from mskip.exporters.bodies import GraphCache, to_ir, traits
-from mskip.exporters.contract import Contract
+from mskip.exporters.bodies import to_ir, traits
+from mskip.exporters.contract import Contract, Target
+from mskip.exporters.graph_cache import GraphCache, graph_cache
 
 DOMAIN = "mskip"
 LAYER = "Layer"
@@ -127,8 +128,10 @@ class _LayerBody(nn.Module):
         layer: int,
         arguments: Arguments,
         granularity: Granularity | None,
+        target: Target,
     ) -> None:
         super().__init__()
+        self.cache = graph_cache(target)
         self.family = family_of(model)
         # Not registered: a parameter of its own would become an initializer of the trace.
         self.__dict__["module"] = self.family.decoder_layers(model)[layer]
@@ -147,7 +150,7 @@ class _LayerBody(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Run the layer; ``routed`` are the tensors of `RoutedInputs`, or none."""
         named = dict(zip(self.names, weights, strict=True))
-        cache = GraphCache([(past[0], past[1])] * (self.layer + 1), past[0].shape[2])
+        cache = self.cache([(past[0], past[1])] * (self.layer + 1), past[0].shape[2])
         routing = None
         if self.granularity is not None:
             routing = _PlacingPass(
@@ -232,7 +235,7 @@ def _trace(
     if routed:
         inputs += ["undecided", "prompt_mask", "routing", "tau", "router_weight", "router_bias"]
         outputs += ["gate", "score"]
-    body = _LayerBody(model, layer, arguments, granularity)
+    body = _LayerBody(model, layer, arguments, granularity, contract.target)
     traced = to_ir(body, args, shapes, ([*inputs, *weights], outputs), contract.opset)
     _measure_hidden(traced.graph)
     return traced

@@ -15,11 +15,13 @@ import numpy as np
 from mskip.compressor.progress import Progress, silent
 from mskip.exporters.contract import Contract
 from mskip.exporters.lowering import branch_prefix
-from mskip.exporters.ort_runner import OrtRunner
+from mskip.exporters.opening import open_runner
 from mskip.exporters.runner import Ints
 
 CONTEXT = 256
 REPEATS = 7
+_ATTENTION = ("Softmax", "GroupQueryAttention")
+"""One kernel of one of these names runs for an attention, decomposed or fused."""
 
 
 def filled(prompts: Sequence[Sequence[int]], length: int, batch: int = 1) -> Ints:
@@ -43,14 +45,14 @@ def branch_nodes(profile: Path, contract: Contract) -> tuple[int, int]:
     prefixes = tuple(branch_prefix(layer, contract.granularity) for layer in contract.routed_layers)
     events = [e for e in json.loads(profile.read_text("utf-8")) if e.get("cat") == "Node"]
     inside = sum(event["name"].startswith(prefixes) for event in events)
-    softmax = sum(event.get("args", {}).get("op_name") == "Softmax" for event in events)
+    softmax = sum(event.get("args", {}).get("op_name") in _ATTENTION for event in events)
     return inside, softmax
 
 
 def profiled(folder: Path, ids: Ints, decision: int) -> tuple[int, int]:
     """Branch nodes and Softmax kernels of one prefill and one step with every decision forced."""
     with tempfile.TemporaryDirectory() as scratch:
-        engine = OrtRunner(folder, profile=Path(scratch) / "ort")
+        engine = open_runner(folder, profile=Path(scratch) / "ort")
         routing = np.full((len(ids), len(engine.contract.routed_layers)), decision, dtype=np.int64)
         state = engine.prefill(ids, routing=routing)
         engine.extend(state, ids[:, :1])
@@ -70,7 +72,7 @@ def measure_laziness(
     Returns:
         Medians in ms, their ratio, and the counts of `branch_nodes` for both.
     """
-    engine = OrtRunner(folder)
+    engine = open_runner(folder)
     ids = filled(prompts, CONTEXT)
     routed = len(engine.contract.routed_layers)
     times: dict[int, list[float]] = {0: [], 1: []}

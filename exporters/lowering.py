@@ -21,6 +21,7 @@ import mskip
 from mskip.compressor.sublayers import Granularity
 from mskip.exporters.bodies import Body
 from mskip.exporters.contract import UNSCORED, Contract
+from mskip.exporters.fused import MICROSOFT
 from mskip.exporters.layers import DOMAIN, SCORE, SUBLAYER
 from mskip.exporters.splicing import DTYPES, bound, initializer, moved, renamed, substitute
 from mskip.exporters.tracing import Traced
@@ -98,7 +99,7 @@ class _Builder:
             place, past = place[:-2], place[-2:]
         weights = self._weights(layer)
         then = self._executed(layer, body, gate, hidden, place, past, weights)
-        otherwise = self._skip(layer, body, hidden, place, weights)
+        otherwise = self._skip(layer, body, hidden, place, past, weights)
 
         top = tape.Tape()
         whole = top.op("Cast", [gate], attributes={"to": ir.DataType.INT32})
@@ -167,9 +168,10 @@ class _Builder:
         body: Body,
         hidden: ir.Value,
         place: list[ir.Value],
+        past: list[ir.Value],
         weights: list[ir.Value],
     ) -> ir.Graph:
-        """The else-branch: what a skip gives, and a cache without rows."""
+        """The else-branch: what a skip gives, and a cache without rows, or as it was."""
         name = f"layers.{layer}.skip/"
         skip = tape.Tape()
         empty = []
@@ -184,6 +186,9 @@ class _Builder:
             shape = skip.op("Concat", parts, attributes={"axis": 0})
             empty = [skip.op("ConstantOfShape", [shape], attributes={"value": self._zero})]
             empty.append(skip.op("Identity", empty))
+        elif past:
+            # A buffer that is bound as past and as present: nothing is copied.
+            empty = [skip.op("Identity", [each]) for each in past]
         if body.skip is not None:
             graph = bound(body.skip, [hidden, *weights], name, list(skip.nodes))
             graph.outputs.extend(empty)
@@ -301,6 +306,8 @@ class _Builder:
         for value in (*self.graph.inputs, *self.graph.outputs):
             assert value.name is not None
             value.shape = ir.Shape(axes[value.name])
+        if any(node.domain == MICROSOFT for node in _nodes(self.graph)):
+            self.graph.opset_imports[MICROSOFT] = self.model.opset_imports[MICROSOFT] = 1
         self.graph.opset_imports.pop(DOMAIN, None)
         self.model.opset_imports.pop(DOMAIN, None)
         common.TopologicalSortPass()(self.model)

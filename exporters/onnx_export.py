@@ -29,8 +29,10 @@ from mskip.compressor.progress import Progress, silent
 from mskip.compressor.router import Routers
 from mskip.compressor.sublayers import require_unit
 from mskip.exporters.bodies import body_weights
-from mskip.exporters.contract import Contract
+from mskip.exporters.contract import Contract, Target
+from mskip.exporters.fused import OPSET as FUSED_OPSET
 from mskip.exporters.lowering import routed_graph, static_graph
+from mskip.exporters.targets import graph_folder, report_name
 from mskip.exporters.tracing import trace
 
 MODEL, DENSE, STATIC, CEILING = "model.onnx", "dense.onnx", "static.onnx", "ceiling.onnx"
@@ -38,7 +40,13 @@ DATA = "model.onnx.data"
 CONTRACT = "contract.json"
 
 
-def contract_of(base: BaseModel, routers: Routers, tau: list[float], opset: int) -> Contract:
+def contract_of(
+    base: BaseModel,
+    routers: Routers,
+    tau: list[float],
+    opset: int,
+    target: Target = "portable",
+) -> Contract:
     """The contract of a model's routed graph."""
     config = base.model.config.get_text_config()
     ends = base.model.generation_config.eos_token_id
@@ -50,13 +58,14 @@ def contract_of(base: BaseModel, routers: Routers, tau: list[float], opset: int)
         head_dim=head_dim,
         vocabulary=config.vocab_size,
         dtype=str(base.model.dtype).removeprefix("torch."),
-        opset=opset,
+        opset=max(opset, FUSED_OPSET) if target == "ort" else opset,
         tau=tau,
         eos=ends if isinstance(ends, list) else [] if ends is None else [ends],
         pad=int(base.tokenizer.pad_token_id),
         removed_layers=[],
         granularity=routers.sublayers.granularity,
         compensation_rank=routers.sublayers.compensation_rank,
+        target=target,
     )
 
 
@@ -152,11 +161,13 @@ def export_onnx(
     progress("export", 6, 6)
 
 
-def export_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict[str, Any]:
-    """Export a calibrated run to ``onnx/``.
+def export_run(
+    run: Run, base: BaseModel, progress: Progress = silent, target: Target = "portable"
+) -> dict[str, Any]:
+    """Export a calibrated run to ``onnx/``, or for another target to the folder of its name.
 
     Returns:
-        The report, as saved in ``reports/export.json``.
+        The report, as saved in ``reports/export.json`` (``export-<target>.json``).
 
     Raises:
         ArtifactError: the run is not tuned or calibrated, or cannot be written.
@@ -168,18 +179,20 @@ def export_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict[s
     recipe = run.recipe()
     routers = load_routers(run, base)
     calibration = run.calibration()
-    contract = contract_of(base, routers, calibration["tau"], recipe.export.opset)
+    contract = contract_of(base, routers, calibration["tau"], recipe.export.opset, target)
+    place = graph_folder(run, target)
     removed = static_peer_layers(run, routers.layers, calibration["target"])
-    with whole_folder(run.onnx) as folder:
+    with whole_folder(place) as folder:
         export_onnx(base, routers, contract, folder, removed, progress)
     weights = sum(parameter.nbytes for parameter in base.model.parameters())
     peak = peak_rss()
     report = {
-        "file": f"onnx/{MODEL}",
+        "file": f"{place.name}/{MODEL}",
+        "target": target,
         "opset": contract.opset,
-        "ir_version": onnx.load(run.onnx / MODEL, load_external_data=False).ir_version,
-        "bytes": sum(path.stat().st_size for path in run.onnx.iterdir()),
-        "sha256": sha256(run.onnx / MODEL),
+        "ir_version": onnx.load(place / MODEL, load_external_data=False).ir_version,
+        "bytes": sum(path.stat().st_size for path in place.iterdir()),
+        "sha256": sha256(place / MODEL),
         "router_sha256": routers_hash(run),
         "seconds": round(time.monotonic() - started, 1),
         "weights_bytes": weights,
@@ -188,15 +201,16 @@ def export_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict[s
         "peak_memory_over_weights": round(_export_memory(before, peak, weights) / weights, 2),
         "if_nodes": sum(
             node.op_type == "If" and node.name.endswith(f".{contract.granularity}")
-            for node in onnx.load(run.onnx / MODEL, load_external_data=False).graph.node
+            for node in onnx.load(place / MODEL, load_external_data=False).graph.node
         ),
         "granularity": contract.granularity,
         "compensation_rank": contract.compensation_rank,
         "checker": "passed",
         "static_removed": removed,
     }
-    run.write_report("export", report)
-    run.write_manifest(onnx={"sha256": report["sha256"], "opset": contract.opset})
+    run.write_report(report_name("export", target), report)
+    entry = {"sha256": report["sha256"], "opset": contract.opset}
+    run.write_manifest(**{place.name: entry})
     return report
 
 

@@ -13,6 +13,11 @@ from mskip.exporters.onnx_export import CONTRACT, MODEL
 from mskip.exporters.runner import Floats, Ints, Runner, State, positions
 
 
+def contract_path(folder: Path, file: str) -> Path:
+    """The contract of a graph of an export."""
+    return folder / (CONTRACT if file == MODEL else file.replace(".onnx", ".contract.json"))
+
+
 class OrtRunner(Runner):
     """Runs an exported graph, routed or static, on ONNX Runtime's CPU provider.
 
@@ -39,8 +44,7 @@ class OrtRunner(Runner):
             import onnxruntime
         except ImportError:
             raise MissingExtraError("onnxruntime", "cpu") from None
-        contract = CONTRACT if file == MODEL else file.replace(".onnx", ".contract.json")
-        self.contract = read_contract(folder / contract)
+        self.contract = read_contract(contract_path(folder, file))
         if not (folder / file).is_file():
             raise ArtifactError(f"no graph at {folder / file}.", "Make it with: mskip export")
         options = onnxruntime.SessionOptions()

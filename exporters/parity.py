@@ -21,9 +21,11 @@ from mskip.compressor.progress import Progress, silent
 from mskip.compressor.recipe import ValidationLimits
 from mskip.compressor.samples import run_samples
 from mskip.compressor.sublayers import require_unit
+from mskip.exporters.contract import Target
 from mskip.exporters.laziness import measure_laziness
-from mskip.exporters.ort_runner import OrtRunner
+from mskip.exporters.opening import open_runner
 from mskip.exporters.runner import Floats, Ints, Runner, State, left_padded
+from mskip.exporters.targets import export_command, graph_folder, report_name
 from mskip.exporters.torch_runner import TorchRunner
 
 BATCH = 8
@@ -262,11 +264,14 @@ def gates_of(report: dict[str, Any], limits: ValidationLimits) -> list[Gate]:
     ]
 
 
-def validate_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict[str, Any]:
+def validate_run(
+    run: Run, base: BaseModel, progress: Progress = silent, target: Target = "portable"
+) -> dict[str, Any]:
     """Compare an exported run with PyTorch and judge it by the recipe's limits.
 
     Returns:
-        The report, as saved in ``reports/validate.json``; its ``status`` is "passed" or "failed".
+        The report, as saved in ``reports/validate.json`` (``validate-<target>.json``); its
+        ``status`` is "passed" or "failed".
 
     Raises:
         ArtifactError: the run is not exported, or the export is not of its routers.
@@ -277,13 +282,14 @@ def validate_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict
     require_unit(routing_unit(run), "sequence", "an engine")
     spec = recipe.validation
     routers = load_routers(run, base)
-    exported = run.report("export", "Make it with: mskip export")
+    command, folder = export_command(target), graph_folder(run, target)
+    exported = run.report(report_name("export", target), f"Make it with: {command}")
     if exported.get("router_sha256") != routers_hash(run):
         raise ArtifactError(
-            f"{run.onnx} is an export of other routers than {run.path} now holds.",
-            "Export again: mskip export",
+            f"{folder} is an export of other routers than {run.path} now holds.",
+            f"Export again: {command}",
         )
-    engine = OrtRunner(run.onnx)
+    engine = open_runner(folder)
     divided = run_samples(run, recipe, base, progress)
     samples = [*divided.held_out, *divided.calibration][: spec.prompts]
     prompts = [sample.input_ids[: sample.prompt_length] for sample in samples]
@@ -310,12 +316,12 @@ def validate_run(run: Run, base: BaseModel, progress: Progress = silent) -> dict
             "steps": spec.steps,
             "match": found.matching / found.prompts,
         },
-        "laziness": measure_laziness(run.onnx, prompts, progress),
+        "laziness": measure_laziness(folder, prompts, progress),
         "batch_invariance": invariance,
         "quality": measured,
     }
     gates = gates_of(report, spec.limits)
     report["gates"] = [asdict(gate) for gate in gates]
     report["status"] = "passed" if all(gate.passed for gate in gates) else "failed"
-    run.write_report("validate", report)
+    run.write_report(report_name("validate", target), report)
     return report

@@ -31,9 +31,11 @@ from mskip.exporters.arguments import (
     sublayer_arguments,
     tensors_of,
 )
-from mskip.exporters.bodies import Body, GraphCache, to_ir, trace_bodies, trace_score
-from mskip.exporters.contract import Contract
+from mskip.exporters.bodies import Body, to_ir, trace_bodies, trace_score
+from mskip.exporters.contract import Contract, Target
 from mskip.exporters.experts import NAME
+from mskip.exporters.fused import fused_forms
+from mskip.exporters.graph_cache import graph_cache
 from mskip.exporters.layers import DOMAIN, LAYER, RoutedInputs, layer_weights, trace_layers
 from mskip.exporters.splicing import bound, initializer, moved, substitute
 
@@ -62,8 +64,11 @@ class _Trunk(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(self, model: PreTrainedModel, routers: Routers, cache_name: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, routers: Routers, cache_name: str, target: Target
+    ) -> None:
         super().__init__()
+        self.cache = graph_cache(target)
         self.model = model
         self.layers = routers.layers
         self.compact = routers.sublayers.cached
@@ -80,11 +85,12 @@ class _Trunk(nn.Module):
         routing: Tensor,
         tau: Tensor,
         past: Caches,
+        logits_at: Tensor | None = None,
     ) -> Any:
         positions = input_ids.shape[1]
         # A layer whose cache has a row for every sequence: its length is the model's.
         whole = next(i for i in range(len(past)) if i not in self.compact)
-        cache = GraphCache(past, past[whole][0].shape[2])
+        cache = self.cache(past, past[whole][0].shape[2])
         undecided = (routing == UNDECIDED).any()
         prompt_mask = attention_mask[:, -positions:]
         gates: list[Tensor] = []
@@ -117,7 +123,7 @@ class _Trunk(nn.Module):
                 scores.append(rest[1])
             return output
 
-        with layers_replaced(self.model, placeholder):
+        with layers_replaced(self.model, placeholder), _logits_at(self.model, logits_at):
             logits = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -130,19 +136,49 @@ class _Trunk(nn.Module):
 
 
 @contextlib.contextmanager
-def _traceable(model: PreTrainedModel) -> Iterator[None]:
-    """The forms of attention and of experts that a trace can hold."""
-    # Eager, the decomposed form: a mask of finite numbers, so a fully padded query row
-    # gives garbage that nobody reads, where -inf would give NaN that spreads.
+def _logits_at(model: PreTrainedModel, columns: Tensor | None) -> Iterator[None]:
+    """The head sees only the columns [batch, kept] that are asked for; None for all."""
+    if columns is None:
+        yield
+        return
+
+    def chosen(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (hidden,) = inputs
+        index = columns.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        return (hidden.gather(1, index),)
+
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Module)
+    hook = head.register_forward_pre_hook(chosen)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def _decomposed(model: PreTrainedModel) -> Iterator[None]:
+    """Attention of standard operators, with a table as its mask."""
+    # Eager: a mask of finite numbers, so a fully padded query row gives garbage that nobody
+    # reads, where -inf would give NaN that spreads.
     attention = model.config._attn_implementation
     _attend_with(model, "eager")
-    experts = model.config._experts_implementation
-    if experts is not None:
-        model.set_experts_implementation(NAME)
     try:
         yield
     finally:
         _attend_with(model, attention)
+
+
+@contextlib.contextmanager
+def _traceable(model: PreTrainedModel, target: Target) -> Iterator[None]:
+    """The forms of attention and of experts that a trace can hold."""
+    experts = model.config._experts_implementation
+    if experts is not None:
+        model.set_experts_implementation(NAME)
+    try:
+        with fused_forms(model) if target == "ort" else _decomposed(model):
+            yield
+    finally:
         if experts is not None:
             model.set_experts_implementation(experts)
 
@@ -163,13 +199,14 @@ def trace(model: PreTrainedModel, routers: Routers, contract: Contract) -> Trace
         contract: the routed graph's contract.
     """
     sublayers = routers.sublayers
-    with _traceable(model):
-        given = layer_arguments(model, GraphCache(_caches(model, routers, contract), PAST))
+    cache = graph_cache(contract.target)
+    with _traceable(model, contract.target):
+        given = layer_arguments(model, cache(_caches(model, routers, contract), PAST))
         layers = trace_layers(model, sublayers, contract, given)
         inner = {
             layer: sublayer_arguments(
                 model, sublayers, layer, given[layer],
-                GraphCache(_caches(model, routers, contract), PAST),
+                cache(_caches(model, routers, contract), PAST),
             )
             for layer in sublayers.layers
         }  # fmt: skip
@@ -198,7 +235,7 @@ def _trace_trunk(
 ) -> ir.Model:
     routed = len(routers.layers)
     caches = _caches(model, routers, contract)
-    args = (
+    args: tuple[Any, ...] = (
         torch.zeros(BATCH, POSITIONS, dtype=torch.int64),
         torch.ones(BATCH, PAST + POSITIONS, dtype=torch.int64),
         torch.arange(PAST, PAST + POSITIONS).expand(BATCH, -1).contiguous(),
@@ -208,12 +245,16 @@ def _trace_trunk(
     )
     auto = Dim.DYNAMIC
     kv, two = {0: auto, 2: auto}, {0: auto, 1: auto}
-    shapes = (two, two, two, {0: auto}, None, [(kv, kv) for _ in caches])
-    names = (
-        [spec.name for spec in contract.inputs()],
-        [spec.name for spec in contract.outputs()],
-    )
-    return to_ir(_Trunk(model, routers, cache_name), args, shapes, names, contract.opset)
+    shapes: tuple[Any, ...] = (two, two, two, {0: auto}, None, [(kv, kv) for _ in caches])
+    inputs = [spec.name for spec in contract.inputs()]
+    if contract.target == "ort":
+        args = (*args, torch.zeros(BATCH, 2, dtype=torch.int64))
+        shapes = (*shapes, two)
+        inputs.remove("logits_at")  # it is the last argument
+        inputs.append("logits_at")
+    names = inputs, [spec.name for spec in contract.outputs()]
+    trunk = _Trunk(model, routers, cache_name, contract.target)
+    return to_ir(trunk, args, shapes, names, contract.opset)
 
 
 def _inline_layers(trunk: ir.Model, layers: dict[int, ir.Model], model: PreTrainedModel) -> None:

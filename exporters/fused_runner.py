@@ -1,0 +1,252 @@
+"""ONNX Runtime on a graph with fused attention, whose keys and values stay where they are.
+
+Every layer has one buffer with room for more positions than are in it. It is bound as the past
+and as the present, so a step writes its own position and copies nothing; memory that no
+position was written to is not resident. Rows lie with their real tokens first, whatever side the
+caller pads on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mskip.exporters.contract import UNSCORED
+from mskip.exporters.ort_runner import OrtRunner
+from mskip.exporters.runner import UNDECIDED, Floats, Ints, State
+
+_STAMPS = count()
+ROOM = 256
+"""Positions that a new buffer has beyond its prompt."""
+
+
+@dataclass
+class Buffers:
+    """Keys and values of a batch.
+
+    Attributes:
+        arrays: by name of the graph's input, [rows, kv heads, capacity, head dim]. Rows are all
+            sequences; of a routed layer in a batch of several the executing ones, in their order.
+        values: the same memory as the runtime knows it.
+        capacity: positions that they have room for.
+        writes: columns and stamp of each call that wrote to them, in order.
+    """
+
+    capacity: int
+    arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    writes: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a state stands in its buffers.
+
+    Attributes:
+        buffers: shared by all states of the same sequences.
+        lengths: real tokens of each row, [batch].
+        stamp: of the call that made it.
+    """
+
+    buffers: Buffers
+    lengths: Ints
+    stamp: int
+
+    @property
+    def columns(self) -> int:
+        """Positions of the longest row."""
+        return int(self.lengths.max())
+
+
+class FusedRunner(OrtRunner):
+    """Runs a graph of target "ort"; see `OrtRunner` for the arguments.
+
+    A state and those made from it share their buffers. Going on from an earlier state is fine and
+    overwrites what later ones have written; these are then refused with a `ValueError`.
+    """
+
+    def forward(self, input_ids: Ints, mask: Ints, cache: Any, routing: Ints, tau: Floats) -> State:
+        """See `Runner.forward`; padding only on the left, and only before the first real token."""
+        return self._forward(input_ids, mask, cache, routing, tau, last=False)
+
+    def forward_last(
+        self, input_ids: Ints, mask: Ints, cache: Any, routing: Ints, tau: Floats
+    ) -> State:
+        """See `Runner.forward_last`: the head reads one position of each row."""
+        return self._forward(input_ids, mask, cache, routing, tau, last=True)
+
+    def kv_bytes(self, state: State) -> int:
+        """Of the positions and rows that hold something; see `Runner.kv_bytes`."""
+        place: Place = state.cache
+        columns, executed = place.columns, dict(zip(
+            self.contract.routed_layers, state.routing.sum(axis=0).tolist(), strict=True
+        ))  # fmt: skip
+        each = 2 * self.contract.kv_heads * self.contract.head_dim
+        each *= np.dtype(self.contract.dtype).itemsize
+        compact = self.contract.compact_layers
+        rows = sum(
+            executed[layer] if layer in compact else len(place.lengths)
+            for layer in self.contract.cached_layers
+        )
+        return int(rows) * columns * each
+
+    # -- calls --
+
+    def _forward(
+        self, input_ids: Ints, mask: Ints, cache: Any, routing: Ints, tau: Floats, *, last: bool
+    ) -> State:
+        if cache is None:
+            return self._prefill(input_ids, mask, routing, tau, last)
+        new = input_ids.shape[1]
+        if not mask[:, mask.shape[1] - new :].all():
+            raise ValueError("tokens that go on a sequence cannot be padding.")
+        if len(input_ids) == 1 or new == 1:
+            return self._extend(input_ids, mask, cache, routing, tau, last)
+        # The kernel reads several new positions for one sequence at a time only.
+        states: list[State] = []
+        for column in range(new):
+            upto = mask[:, : mask.shape[1] - new + column + 1]
+            step = input_ids[:, column : column + 1]
+            states.append(self._extend(step, upto, cache, routing, tau, last))
+            cache, routing = states[-1].cache, states[-1].routing
+        logits = np.concatenate([state.logits for state in states], axis=1)
+        return replace(states[-1], logits=logits[:, -1:] if last else logits, mask=mask)
+
+    def _prefill(
+        self, input_ids: Ints, mask: Ints, routing: Ints, tau: Floats, last: bool
+    ) -> State:
+        batch, columns = input_ids.shape
+        lengths = mask.sum(axis=1)
+        first = mask.argmax(axis=1)
+        if (mask.cumsum(axis=1)[:, -1] != lengths).any() or (
+            mask != (np.arange(columns) >= first[:, None])
+        ).any():
+            raise ValueError("a prompt has padding after its first token.")
+        # From padding on the left to padding on the right, and back for the logits.
+        columns_of = (np.arange(columns) + first[:, None]) % columns
+        ids = np.take_along_axis(input_ids, columns_of, axis=1)
+        positions = np.broadcast_to(np.arange(columns), ids.shape)
+        at = np.clip(np.arange(columns) - first[:, None], 0, None)
+        buffers = Buffers(2 * columns + ROOM)
+        # Rows of a routed layer are known once it has decided; of a single row they do not matter.
+        open_layers = set(self.contract.compact_layers) if batch > 1 else set()
+        for layer in set(self.contract.cached_layers) - open_layers:
+            self._allocate(buffers, layer, batch)
+        state, present = self._call(
+            ids, np.arange(columns) < lengths[:, None], positions, at[:, -1:] if last else at,
+            routing, tau, buffers, lengths,
+        )  # fmt: skip
+        for layer in open_layers:
+            rows = int(state.routing[:, self.contract.routed_layers.index(layer)].sum())
+            self._allocate(buffers, layer, rows)
+            for part in ("key", "value") if rows else ():
+                given = present[f"present.{layer}.{part}"].numpy()
+                buffers.arrays[_past(layer, part)][:, :, :columns] = given
+        return replace(state, mask=mask)
+
+    def _extend(
+        self, input_ids: Ints, mask: Ints, place: Place, routing: Ints, tau: Floats, last: bool
+    ) -> State:
+        buffers, new = place.buffers, input_ids.shape[1]
+        if (place.columns, place.stamp) not in buffers.writes:
+            raise ValueError(
+                "this state's keys and values were overwritten by going on from an earlier state."
+            )
+        while buffers.writes[-1] != (place.columns, place.stamp):
+            buffers.writes.pop()
+        lengths = place.lengths + new
+        columns = int(lengths.max())
+        if columns > buffers.capacity:
+            self._grow(buffers, 2 * columns, place.columns)
+        at = np.broadcast_to(np.arange(new), input_ids.shape)
+        positions = place.lengths[:, None] + np.arange(new)
+        state, _ = self._call(
+            input_ids, np.arange(columns) < lengths[:, None], positions,
+            at[:, -1:] if last else at, routing, tau, buffers, lengths,
+        )  # fmt: skip
+        return replace(state, mask=mask)
+
+    def _call(
+        self,
+        ids: Ints,
+        mask: npt.NDArray[np.bool_],
+        positions: Ints,
+        at: Ints,
+        routing: Ints,
+        tau: Floats,
+        buffers: Buffers,
+        lengths: Ints,
+    ) -> tuple[State, dict[str, Any]]:
+        """Run the graph; gives a state without its mask, and what was not bound."""
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "input_ids": ids,
+            "attention_mask": mask.astype(np.int64),
+            "position_ids": positions,
+            "logits_at": at,
+        }
+        if self.contract.routed_layers:
+            arrays |= {"routing": routing, "tau": tau}
+        # An OrtValue borrows the array's memory: `feeds` must outlive the call.
+        feeds = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        binding = self.session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_ortvalue_input(name, self._value(array))
+        free = [name for name in self._outputs if not name.startswith("present.")]
+        order = []
+        for layer in self.contract.cached_layers:
+            for part in ("key", "value"):
+                name, output = _past(layer, part), f"present.{layer}.{part}"
+                if name in buffers.values:
+                    binding.bind_ortvalue_output(output, buffers.values[name])
+                    order.append(output)
+                else:
+                    free.append(output)
+                given = buffers.values.get(name, self._nothing(len(ids)))
+                binding.bind_ortvalue_input(name, given)
+        for name in free:
+            binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(binding)
+        # Outputs come in the order in which they were bound.
+        results = dict(zip([*order, *free], binding.get_outputs(), strict=True))
+        stamp = next(_STAMPS)
+        place = Place(buffers, lengths, stamp)
+        buffers.writes.append((place.columns, stamp))
+        logits = results["logits"].numpy().astype(np.float32, copy=False)
+        if self.contract.routed_layers:
+            decided = results["routing_out"].numpy()
+            scores = results["routing_scores"].numpy().copy()
+            scores[(routing != UNDECIDED) | (scores == UNSCORED)] = np.nan
+        else:
+            decided, scores = routing, np.zeros(routing.shape, dtype=np.float32)
+        return State(logits, decided, scores, mask.astype(np.int64), place), results
+
+    # -- buffers --
+
+    def _shape(self, rows: int, capacity: int) -> Sequence[int]:
+        return (rows, self.contract.kv_heads, capacity, self.contract.head_dim)
+
+    def _nothing(self, rows: int) -> Any:
+        return self._value(np.zeros(self._shape(rows, 0), dtype=self.contract.dtype))
+
+    def _allocate(self, buffers: Buffers, layer: int, rows: int) -> None:
+        for part in ("key", "value"):
+            # Zeros of this size come from the system untouched, hence not resident.
+            array = np.zeros(self._shape(rows, buffers.capacity), dtype=self.contract.dtype)
+            buffers.arrays[_past(layer, part)] = array
+            buffers.values[_past(layer, part)] = self._value(array)
+
+    def _grow(self, buffers: Buffers, capacity: int, used: int) -> None:
+        buffers.capacity = capacity
+        for name, old in list(buffers.arrays.items()):
+            array = np.zeros(self._shape(len(old), capacity), dtype=old.dtype)
+            array[:, :, :used] = old[:, :, :used]
+            buffers.arrays[name], buffers.values[name] = array, self._value(array)
+
+
+def _past(layer: int, part: str) -> str:
+    return f"past_key_values.{layer}.{part}"

@@ -1,0 +1,244 @@
+"""Graphs of target "ort" against PyTorch, and the runner that keeps keys and values in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from architectures import HIDDEN, MODELS, make
+
+if TYPE_CHECKING:
+    from mskip.compressor.models import BaseModel
+    from mskip.compressor.router import Routers
+    from mskip.compressor.sublayers import Granularity
+    from mskip.exporters.fused_runner import FusedRunner
+    from mskip.exporters.torch_runner import TorchRunner
+
+ROUTED, STATIC, TAU = [1, 2, 3], 2, [0.5, 0.5, 0.5]
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [3, 4], [20, 21, 22, 23, 24], [30], [40] * 6]
+MIXED = np.array([[1, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 0], [1, 1, 0], [0, 0, 1]])
+
+# Falcon writes its attention into its modelling file and is refused, see below.
+OTHERS = [
+    (name, "attention") for name in MODELS if name != "llama" and not name.startswith("falcon")
+]
+CASES = [
+    pytest.param(("llama", "attention"), id="llama"),
+    *(
+        pytest.param(case, id="-".join(case), marks=pytest.mark.matrix)
+        for case in [*OTHERS, ("llama", "mlp"), ("llama", "block"), ("gemma2, sliding", "block")]
+    ),
+]
+
+
+def parts(
+    name: str, kind: Granularity, make_tokenizer: Callable[..., Any]
+) -> tuple[BaseModel, Routers]:
+    import torch
+
+    from mskip.compressor.compensation import Compensation
+    from mskip.compressor.models import BaseModel
+    from mskip.compressor.router import Routers
+    from mskip.compressor.sublayers import Sublayers
+
+    generator = torch.Generator().manual_seed(3)
+    compensation = Compensation(len(ROUTED), HIDDEN, 4)
+    for value in compensation.parameters():
+        value.data.normal_(std=0.3, generator=generator)
+    compensation.requires_grad_(False)
+    routers = Routers(Sublayers(ROUTED, kind, compensation), HIDDEN).requires_grad_(False)
+    routers.weight.normal_(std=1.0, generator=generator)
+    return BaseModel(make(name), make_tokenizer(), None, ""), routers  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def made(
+    request: pytest.FixtureRequest,
+    make_tokenizer: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[BaseModel, Routers, Path]:
+    """Model, routers and their export."""
+    from mskip.exporters.onnx_export import contract_of, export_onnx
+
+    base, routers = parts(*request.param, make_tokenizer)
+    folder = tmp_path_factory.mktemp("fused")
+    export_onnx(base, routers, contract_of(base, routers, TAU, 20, "ort"), folder, [STATIC])
+    return base, routers, folder
+
+
+@pytest.fixture
+def engine(made: tuple[BaseModel, Routers, Path]) -> FusedRunner:
+    from mskip.exporters.fused_runner import FusedRunner
+    from mskip.exporters.opening import open_runner
+
+    runner = open_runner(made[2], threads=1)
+    assert isinstance(runner, FusedRunner)
+    return runner
+
+
+@pytest.fixture
+def reference(made: tuple[BaseModel, Routers, Path], engine: FusedRunner) -> Iterator[TorchRunner]:
+    from mskip.exporters.torch_runner import TorchRunner
+
+    with TorchRunner(*made[:2], engine.contract) as runner:
+        yield runner
+
+
+def padded() -> tuple[Any, Any]:
+    from mskip.exporters.runner import left_padded
+
+    return left_padded(PROMPTS, 0)
+
+
+def close(found: Any, expected: Any) -> None:
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("forced", [None, MIXED], ids=["decided", "forced"])
+def test_batch_of_unequal_lengths_equals_pytorch(
+    engine: FusedRunner, reference: TorchRunner, forced: Any
+) -> None:
+    """Prefill of padded prompts with mixed decisions, steps, and several tokens at once."""
+    ids, mask = padded()
+    expected = reference.prefill(ids, mask, routing=forced)
+    found = engine.prefill(ids, mask, routing=forced)
+    np.testing.assert_array_equal(found.routing, expected.routing)
+    close(found.scores, expected.scores)
+    close(found.logits[mask == 1], expected.logits[mask == 1])
+    rng = np.random.default_rng(0)
+    for new in (1, 1, 3):
+        tokens = rng.integers(3, 90, (len(ids), new))
+        expected, found = reference.extend(expected, tokens), engine.extend(found, tokens)
+        close(found.logits, expected.logits)
+
+
+def test_one_sequence_in_chunks_and_beyond_its_room(
+    engine: FusedRunner, reference: TorchRunner
+) -> None:
+    """The buffer grows and keeps what is in it."""
+    from mskip.exporters.fused_runner import ROOM
+
+    ids = np.array([PROMPTS[1]])
+    expected, found = reference.prefill(ids), engine.prefill(ids)
+    close(found.logits, expected.logits)
+    capacity = found.cache.buffers.capacity
+    rng = np.random.default_rng(0)
+    for new in (4, ROOM + 2 * ids.shape[1], 1):
+        tokens = rng.integers(3, 90, (1, new))
+        expected, found = reference.extend(expected, tokens), engine.extend(found, tokens)
+        close(found.logits, expected.logits)
+    assert found.cache.buffers.capacity > capacity
+
+
+def test_last_logits_alone(engine: FusedRunner) -> None:
+    ids, mask = padded()
+    whole = engine.prefill(ids, mask, routing=MIXED)
+    last = engine.prefill(ids, mask, routing=MIXED, last_only=True)
+    assert last.logits.shape == (len(ids), 1, engine.contract.vocabulary)
+    close(last.logits, whole.logits[:, -1:])
+
+
+def test_peers_equal_forced_decisions(
+    made: tuple[BaseModel, Routers, Path], reference: TorchRunner
+) -> None:
+    """The dense graph is the model; the static one is the model with nothing at the removed."""
+    from mskip.exporters.onnx_export import DENSE
+    from mskip.exporters.opening import open_runner
+
+    ids, mask = padded()
+    expected = reference.prefill(ids, mask, routing=np.ones_like(MIXED))
+    found = open_runner(made[2], DENSE, threads=1).prefill(ids, mask)
+    close(found.logits[mask == 1], expected.logits[mask == 1])
+
+
+# -- what holds for one architecture holds for all --------------------------------------------
+
+
+def llama_only(made: tuple[BaseModel, Routers, Path], engine: FusedRunner) -> None:
+    if type(made[0].model).__name__ != "LlamaForCausalLM" or engine.contract.granularity == "mlp":
+        pytest.skip("shown on one architecture")
+
+
+def test_skipping_rows_take_no_memory(
+    made: tuple[BaseModel, Routers, Path], engine: FusedRunner
+) -> None:
+    llama_only(made, engine)
+    ids, mask = padded()
+    state = engine.prefill(ids, mask, routing=MIXED)
+    arrays = state.cache.buffers.arrays
+    for layer, executing in zip(ROUTED, MIXED.sum(axis=0), strict=True):
+        assert len(arrays[f"past_key_values.{layer}.key"]) == executing
+    contract = engine.contract
+    each = 2 * contract.kv_heads * contract.head_dim * 4 * ids.shape[1]
+    always = contract.layers - len(ROUTED)
+    assert engine.kv_bytes(state) == (always * len(ids) + MIXED.sum()) * each
+
+
+def test_a_step_writes_in_place(made: tuple[BaseModel, Routers, Path], engine: FusedRunner) -> None:
+    """Its own position and nothing else: of a skipping layer nothing at all."""
+    llama_only(made, engine)
+    ids = np.array([PROMPTS[1]])
+    state = engine.prefill(ids, routing=np.array([[1, 0, 1]]))
+    before = {name: array.copy() for name, array in state.cache.buffers.arrays.items()}
+    after = engine.extend(state, np.array([[9]]))
+    assert after.cache.buffers is state.cache.buffers
+    position = ids.shape[1]
+    for name, array in after.cache.buffers.arrays.items():
+        changed = (array != before[name]).any(axis=(0, 1, 3))
+        assert changed.nonzero()[0].tolist() == ([] if ".2." in name else [position])
+    assert not before["past_key_values.2.key"].any()
+
+
+def test_going_back_refuses_what_was_overwritten(
+    made: tuple[BaseModel, Routers, Path], engine: FusedRunner
+) -> None:
+    llama_only(made, engine)
+    start = engine.prefill(np.array([PROMPTS[1]]))
+    first = engine.extend(start, np.array([[9]]))
+    second = engine.extend(start, np.array([[10]]))
+    with pytest.raises(ValueError, match="overwritten"):
+        engine.extend(first, np.array([[11]]))
+    again = engine.extend(start, np.array([[9]]))
+    close(again.logits, first.logits)
+    assert np.abs(second.logits - first.logits).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"), [([[1, 0, 1]], "after its first token"), ([[1, 1, 0]], "after its first")]
+)
+def test_padding_among_tokens_is_refused(
+    made: tuple[BaseModel, Routers, Path], engine: FusedRunner, mask: Any, message: str
+) -> None:
+    llama_only(made, engine)
+    with pytest.raises(ValueError, match=message):
+        engine.prefill(np.array([[5, 6, 7]]), np.array(mask))
+
+
+def test_skipped_attention_does_not_run(
+    made: tuple[BaseModel, Routers, Path], engine: FusedRunner
+) -> None:
+    """By the runtime's profile: kernels of the fused attention, one for each that executes."""
+    from mskip.exporters.laziness import profiled
+
+    llama_only(made, engine)
+    ids = np.array([PROMPTS[1]])
+    always = engine.contract.layers - len(ROUTED)
+    assert profiled(made[2], ids, 0) == (0, 2 * always)
+    inside, kernels = profiled(made[2], ids, 1)
+    assert inside > 0
+    assert kernels == 2 * engine.contract.layers
+
+
+def test_attention_that_cannot_be_chosen_is_refused(
+    make_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    from mskip.compressor.errors import ModelError
+    from mskip.exporters.onnx_export import contract_of, export_onnx
+
+    base, routers = parts("falcon", "attention", make_tokenizer)
+    contract = contract_of(base, routers, TAU, 20, "ort")
+    with pytest.raises(ModelError, match="no fused form"):
+        export_onnx(base, routers, contract, tmp_path, [STATIC])
