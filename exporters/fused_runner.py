@@ -71,7 +71,7 @@ class FusedRunner(OrtRunner):
     """
 
     def forward(self, input_ids: Ints, mask: Ints, cache: Any, routing: Ints, tau: Floats) -> State:
-        """See `Runner.forward`; padding only on the left, and only before the first real token."""
+        """See `Runner.forward`; a prompt may have padding on its left only."""
         return self._forward(input_ids, mask, cache, routing, tau, last=False)
 
     def forward_last(
@@ -103,11 +103,11 @@ class FusedRunner(OrtRunner):
         if cache is None:
             return self._prefill(input_ids, mask, routing, tau, last)
         new = input_ids.shape[1]
-        if not mask[:, mask.shape[1] - new :].all():
-            raise ValueError("tokens that go on a sequence cannot be padding.")
-        if len(input_ids) == 1 or new == 1:
+        whole = bool(mask[:, mask.shape[1] - new :].all())
+        if new == 1 or (whole and len(input_ids) == 1):
             return self._extend(input_ids, mask, cache, routing, tau, last)
-        # The kernel reads several new positions for one sequence at a time only.
+        # The kernel reads several new positions for one sequence at a time only, and padding
+        # among them would be taken for tokens.
         states: list[State] = []
         for column in range(new):
             upto = mask[:, : mask.shape[1] - new + column + 1]
@@ -159,6 +159,7 @@ class FusedRunner(OrtRunner):
             )
         while buffers.writes[-1] != (place.columns, place.stamp):
             buffers.writes.pop()
+        # A row that is given padding writes it behind its tokens, and does not count it.
         lengths = place.lengths + new
         columns = int(lengths.max())
         if columns > buffers.capacity:
@@ -167,7 +168,8 @@ class FusedRunner(OrtRunner):
         positions = place.lengths[:, None] + np.arange(new)
         state, _ = self._call(
             input_ids, np.arange(columns) < lengths[:, None], positions,
-            at[:, -1:] if last else at, routing, tau, buffers, lengths,
+            at[:, -1:] if last else at, routing, tau, buffers,
+            place.lengths + mask[:, mask.shape[1] - new :].sum(axis=1),
         )  # fmt: skip
         return replace(state, mask=mask)
 

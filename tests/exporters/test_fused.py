@@ -115,6 +115,22 @@ def test_batch_of_unequal_lengths_equals_pytorch(
         close(found.logits, expected.logits)
 
 
+def test_unequal_chunks_equal_pytorch(engine: FusedRunner, reference: TorchRunner) -> None:
+    """Padding on either side of a chunk, as answers of unequal lengths have it."""
+    ids, mask = padded()
+    expected, found = (
+        reference.prefill(ids, mask, routing=MIXED),
+        engine.prefill(ids, mask, routing=MIXED),
+    )
+    rng = np.random.default_rng(0)
+    right = np.arange(4) < np.array([[4], [2], [1], [3], [4], [0]])
+    for new in (right, right[:, ::-1], np.ones((len(ids), 1), dtype=bool)):
+        tokens = np.where(new, rng.integers(3, 90, new.shape), 0)
+        expected = reference.extend(expected, tokens, new.astype(np.int64))
+        found = engine.extend(found, tokens, new.astype(np.int64))
+        close(found.logits[new], expected.logits[new])
+
+
 def test_one_sequence_in_chunks_and_beyond_its_room(
     engine: FusedRunner, reference: TorchRunner
 ) -> None:

@@ -453,7 +453,7 @@ def test_validation_fails_a_wrong_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = copy_of(exported.run, tmp_path)
-    monkeypatch.setattr(parity, "OrtRunner", lambda _: Faulty(ort_runner, fault))
+    monkeypatch.setattr(parity, "open_runner", lambda _: Faulty(ort_runner, fault))
     monkeypatch.setattr(parity, "measure_laziness", lambda *_: GOOD["laziness"])
     report = validate_run(run, free_base)
     assert report["status"] == "failed"
