@@ -4,7 +4,7 @@ The attention becomes one `GroupQueryAttention` (domain ``com.microsoft``, ONNX 
 ContribOperators.md): it reads keys and values of a buffer with room for more positions than are
 in it, and writes the new ones in place where past and present are the same memory. The mask that
 the model hands to its layers is then two numbers a sequence, not a table of positions. Rotary
-embedding becomes one node (ONNX operator set 23).
+embedding and a root-mean-square norm become one node each (ONNX operator set 23).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,15 +89,18 @@ def _sinks(others: dict[str, Any]) -> list[Tensor | None]:
 def _rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """One rotary embedding, [batch, heads, sequence, head dim]; halves, not pairs, are rotated."""
     half = cos.shape[-1] // 2
-    turned: Tensor = torch.onnx.ops.symbolic(
+    batch, heads, new, dim = states.shape
+    # As it comes from the projection, where it was transposed: the runtime cancels the two.
+    flat = states.transpose(1, 2).reshape(batch, new, heads * dim)
+    turned = torch.onnx.ops.symbolic(
         "RotaryEmbedding",
-        (states, cos[..., :half], sin[..., :half]),
-        {},
-        dtype=states.dtype,
-        shape=states.shape,
+        (flat, cos[..., :half], sin[..., :half]),
+        {"num_heads": heads},
+        dtype=flat.dtype,
+        shape=flat.shape,
         version=OPSET,
     )
-    return turned
+    return turned.reshape(batch, new, heads, dim).transpose(1, 2)
 
 
 def _rotated_whole(function: Any) -> bool:
@@ -121,6 +125,69 @@ def _rotated_whole(function: Any) -> bool:
         and torch.allclose(found[0], expected(query), atol=1e-6)
         and torch.allclose(found[1], expected(key), atol=1e-6)
     )
+
+
+def _norm_offset(module: nn.Module) -> float | None:
+    """What is added to the weight of a root-mean-square norm; None of anything else, by trying."""
+    weight, epsilon = getattr(module, "weight", None), _epsilon(module)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or epsilon is None:
+        return None
+    if list(module.parameters()) != [weight]:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 3, len(weight), generator=generator).to(weight.dtype)
+    try:
+        with torch.no_grad():
+            found = module(states).float()
+    except Exception:  # another signature
+        return None
+    wide = states.float()
+    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    precision = 1e-5 if weight.dtype == torch.float32 else 3e-2
+    for offset in (0.0, 1.0):
+        expected = normal * (weight.detach().float() + offset)
+        if torch.allclose(found, expected, atol=precision, rtol=precision):
+            return offset
+    return None
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    for name in ("variance_epsilon", "eps"):
+        value = getattr(module, name, None)
+        if isinstance(value, float):
+            return value
+    return None
+
+
+def _normalised(module: nn.Module, offset: float, states: Tensor) -> Tensor:
+    """A root-mean-square norm as one node, computed in float32."""
+    weight, epsilon = module.weight, _epsilon(module)
+    assert isinstance(weight, Tensor)
+    assert epsilon is not None
+    normal: Tensor = torch.onnx.ops.symbolic(
+        "RMSNormalization",
+        (states, weight + offset if offset else weight),
+        {"axis": -1, "epsilon": epsilon, "stash_type": 1},
+        dtype=states.dtype,
+        shape=states.shape,
+        version=OPSET,
+    )
+    return normal
+
+
+@contextlib.contextmanager
+def _fused_norms(model: PreTrainedModel) -> Iterator[None]:
+    """Root-mean-square norms leave one node each for the duration of the block."""
+    found = [(module, _norm_offset(module)) for module in model.modules()]
+    norms = [(module, offset) for module, offset in found if offset is not None]
+    for module, offset in norms:
+        # On the instance, where it hides the class's.
+        module.forward = partial(_normalised, module, offset)
+    try:
+        yield
+    finally:
+        for module, _ in norms:
+            del module.forward
 
 
 @contextlib.contextmanager
@@ -156,7 +223,8 @@ def fused_forms(model: PreTrainedModel) -> Iterator[None]:
     for module, function in zip(whole, saved, strict=True):
         setattr(module, name, turning(function))
     try:
-        yield
+        with _fused_norms(model):
+            yield
     finally:
         for module, function in zip(whole, saved, strict=True):
             setattr(module, name, function)

@@ -203,12 +203,13 @@ class FusedRunner(OrtRunner):
         for layer in self.contract.cached_layers:
             for part in ("key", "value"):
                 name, output = _past(layer, part), f"present.{layer}.{part}"
-                if name in buffers.values:
-                    binding.bind_ortvalue_output(output, buffers.values[name])
-                    order.append(output)
-                else:
+                given = buffers.values.get(name)
+                if given is None:
                     free.append(output)
-                given = buffers.values.get(name, self._nothing(len(ids)))
+                    given = self._nothing(len(ids))
+                else:
+                    binding.bind_ortvalue_output(output, given)
+                    order.append(output)
                 binding.bind_ortvalue_input(name, given)
         for name in free:
             binding.bind_output(name, "cpu")

@@ -233,6 +233,36 @@ def test_padding_among_tokens_is_refused(
         engine.prefill(np.array([[5, 6, 7]]), np.array(mask))
 
 
+def test_one_node_for_each_fused_form(
+    made: tuple[BaseModel, Routers, Path], engine: FusedRunner
+) -> None:
+    import onnx
+
+    from mskip.exporters.onnx_export import DENSE
+
+    llama_only(made, engine)
+    graph = onnx.load(made[2] / DENSE, load_external_data=False).graph
+    kinds = [node.op_type for node in graph.node]
+    layers = engine.contract.layers
+    assert kinds.count("GroupQueryAttention") == layers
+    assert kinds.count("RotaryEmbedding") == 2 * layers
+    assert kinds.count("RMSNormalization") == 2 * layers + 1
+    assert "Softmax" not in kinds
+    assert "Pow" not in kinds
+
+
+def test_model_is_as_it_was_after_an_export(
+    made: tuple[BaseModel, Routers, Path], engine: FusedRunner
+) -> None:
+    from transformers.models.llama import modeling_llama
+
+    llama_only(made, engine)
+    model = made[0].model
+    assert model.config._attn_implementation != "mskip_fused"
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert modeling_llama.apply_rotary_pos_emb.__module__ == modeling_llama.__name__
+
+
 def test_skipped_attention_does_not_run(
     made: tuple[BaseModel, Routers, Path], engine: FusedRunner
 ) -> None:
