@@ -7,7 +7,7 @@ from pathlib import Path
 from mskip.exporters.contract import read_contract
 from mskip.exporters.fused_runner import FusedRunner
 from mskip.exporters.onnx_export import MODEL
-from mskip.exporters.ort_runner import OrtRunner, contract_path
+from mskip.exporters.ort_runner import OrtRunner, contract_path, runtime
 
 
 def open_runner(
@@ -25,5 +25,6 @@ def open_runner(
         MissingExtraError: onnxruntime is not installed.
         ArtifactError: no such export, or one that the runtime refuses.
     """
+    runtime()  # before a file is asked for that only it could use
     fused = read_contract(contract_path(folder, file)).target == "ort"
     return (FusedRunner if fused else OrtRunner)(folder, file, threads=threads, profile=profile)

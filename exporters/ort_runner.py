@@ -18,6 +18,19 @@ def contract_path(folder: Path, file: str) -> Path:
     return folder / (CONTRACT if file == MODEL else file.replace(".onnx", ".contract.json"))
 
 
+def runtime() -> Any:
+    """The module onnxruntime.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingExtraError("onnxruntime", "cpu") from None
+    return onnxruntime
+
+
 class OrtRunner(Runner):
     """Runs an exported graph, routed or static, on ONNX Runtime's CPU provider.
 
@@ -40,10 +53,7 @@ class OrtRunner(Runner):
         threads: int | None = None,
         profile: Path | None = None,
     ) -> None:
-        try:
-            import onnxruntime
-        except ImportError:
-            raise MissingExtraError("onnxruntime", "cpu") from None
+        onnxruntime = runtime()
         self.contract = read_contract(contract_path(folder, file))
         if not (folder / file).is_file():
             raise ArtifactError(f"no graph at {folder / file}.", "Make it with: mskip export")

@@ -20,9 +20,12 @@ DATA = ["recipes/**/*.yaml", "recipes/*.jsonl", "exporters/*.html", "py.typed"]
 
 
 def python(code: str, **environment: str) -> str:
-    """Output of a fresh interpreter, started elsewhere than in the tree."""
+    """Output of a fresh interpreter, started elsewhere than in the tree.
+
+    Without the working directory in its path: a checkout may lie there under the name mskip.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-P", "-c", code],
         cwd=ROOT.parent,
         env={**os.environ, **environment},
         capture_output=True,
