@@ -37,6 +37,18 @@ def test_the_commands_in_a_row(mskip, tiny_folder):
     assert "conditional attentions" in done("export")
     assert "validation passed" in done("validate")
     assert "Prefill" in done("bench")
+    missing = mskip("validate", "--target", "ort")
+    assert missing.exit_code == 1
+    assert "mskip export --target ort" in missing.stderr
+    assert "conditional attentions" in done("export", "--target", "ort")
+    assert "validation passed" in done("validate", "--target", "ort")
+    assert "Prefill" in done("bench", "--target", "ort")
+    for graph in ("onnx", "ort"):
+        assert (run / graph / "model.onnx").is_file()
+    for name in ("export", "validate", "bench"):
+        assert (run / f"reports/{name}.json").is_file()
+        assert (run / f"reports/{name}-ort.json").is_file()
+    assert mskip("export", "--target", "trt").exit_code == 2
     assert "routed" in done("eval")
     assert "scores.png" in done("inspect")
     assert "report.html" in done("report")
