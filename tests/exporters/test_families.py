@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from architectures import HIDDEN, MODELS, make, row_of
+from architectures import MODELS, make, row_of
 from forced import batch_of, forced_logits
+from random_routers import routers_of
 
 if TYPE_CHECKING:
     from mskip.compressor.models import BaseModel
@@ -75,29 +76,10 @@ def tiny(name: str, make_tokenizer: Callable[..., Any]) -> BaseModel:
     return BaseModel(make(name), make_tokenizer(), None, "")  # type: ignore[arg-type]
 
 
-def routers_of(kind: Granularity, compensated: bool) -> Routers:
-    import torch
-
-    from mskip.compressor.compensation import Compensation
-    from mskip.compressor.router import Routers
-    from mskip.compressor.sublayers import Sublayers
-
-    generator = torch.Generator().manual_seed(3)
-    compensation = None
-    if compensated:
-        compensation = Compensation(len(ROUTED), HIDDEN, 4)
-        for value in compensation.parameters():
-            value.data.normal_(std=0.3, generator=generator)
-        compensation.requires_grad_(False)
-    routers = Routers(Sublayers(ROUTED, kind, compensation), HIDDEN).requires_grad_(False)
-    routers.weight.normal_(std=1.0, generator=generator)
-    return routers
-
-
 @pytest.fixture(scope="module")
 def routers(case: tuple[str, Granularity]) -> Routers:
     """Of a block with compensation, which has the norm before the block in it."""
-    return routers_of(case[1], compensated=case[1] == "block")
+    return routers_of(ROUTED, case[1], compensated=case[1] == "block")
 
 
 def exported(base: BaseModel, routers: Routers, folder: Path) -> Path:
@@ -172,7 +154,7 @@ def test_the_static_peer_lacks_its_sublayer(
     from mskip.exporters.torch_runner import TorchRunner
 
     gates = [int(layer != STATIC) for layer in ROUTED]
-    plain = routers_of(case[1], compensated=False)
+    plain = routers_of(ROUTED, case[1], compensated=False)
     with TorchRunner(base, plain, engine.contract) as reference:
         expected = run(reference, [gates] * 6)
     close(run(OrtRunner(folder, FILE, threads=1), [[]] * 6), expected)
@@ -236,7 +218,7 @@ def test_bfloat16(make_tokenizer: Callable[..., Any], tmp_path: Path) -> None:
 
     base = tiny("llama", make_tokenizer)
     base.model.to(torch.bfloat16)
-    routers = routers_of("attention", compensated=False)
+    routers = routers_of(ROUTED, "attention", compensated=False)
     exported(base, routers, tmp_path)
     assert stored_types(tmp_path / MODEL) == {"BFLOAT16"}
     assert read_contract(tmp_path / CONTRACT).dtype == "bfloat16"
@@ -257,7 +239,7 @@ def test_half_precision(name: str, make_tokenizer: Callable[..., Any], tmp_path:
 
     base = tiny(name, make_tokenizer)
     base.model.half()
-    routers = routers_of("attention", compensated=False)
+    routers = routers_of(ROUTED, "attention", compensated=False)
     engine = OrtRunner(exported(base, routers, tmp_path), threads=1)
     assert engine.contract.dtype == "float16"
     assert stored_types(tmp_path / MODEL) == {"FLOAT16"}

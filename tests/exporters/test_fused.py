@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from architectures import HIDDEN, MODELS, make
+from architectures import MODELS, make
+from random_routers import routers_of
 
 if TYPE_CHECKING:
     from mskip.compressor.models import BaseModel
@@ -37,20 +38,9 @@ CASES = [
 def parts(
     name: str, kind: Granularity, make_tokenizer: Callable[..., Any]
 ) -> tuple[BaseModel, Routers]:
-    import torch
-
-    from mskip.compressor.compensation import Compensation
     from mskip.compressor.models import BaseModel
-    from mskip.compressor.router import Routers
-    from mskip.compressor.sublayers import Sublayers
 
-    generator = torch.Generator().manual_seed(3)
-    compensation = Compensation(len(ROUTED), HIDDEN, 4)
-    for value in compensation.parameters():
-        value.data.normal_(std=0.3, generator=generator)
-    compensation.requires_grad_(False)
-    routers = Routers(Sublayers(ROUTED, kind, compensation), HIDDEN).requires_grad_(False)
-    routers.weight.normal_(std=1.0, generator=generator)
+    routers = routers_of(ROUTED, kind, compensated=True)
     return BaseModel(make(name), make_tokenizer(), None, ""), routers  # type: ignore[arg-type]
 
 
