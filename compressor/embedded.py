@@ -14,10 +14,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
+)
 from transformers.utils import logging as transformers_logging
 
 from mskip.compressor.errors import MissingExtraError, ModelError
@@ -171,11 +177,15 @@ def _joined(name: str, pieces: list[Path]) -> Iterator[Path]:
 @contextmanager
 def no_bars() -> Iterator[None]:
     """Without transformers' progress bars, which would cross the command line's own."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    # Its GGUF reader has a bar of its own, which no switch turns off.
+    reader: Any = modeling_gguf_pytorch_utils
+    shown, bar = transformers_logging.is_progress_bar_enabled(), reader.tqdm
     transformers_logging.disable_progress_bar()
+    reader.tqdm = lambda items, **_: items
     try:
         yield
     finally:
+        reader.tqdm = bar
         if shown:
             transformers_logging.enable_progress_bar()
 

@@ -121,6 +121,13 @@ def test_pieces_are_joined_and_converted_once(packages: Path, tmp_path: Path) ->
     assert load_base(ModelSpec(name=NAME)).sha256 == base.sha256
 
 
+def test_conversion_draws_no_bars(
+    packages: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    load_base(ModelSpec(name=NAME))
+    assert "%|" not in capfd.readouterr().err
+
+
 def test_weights_and_dtype_are_those_of_the_row(
     packages: Path, tiny_model: Callable[..., LlamaForCausalLM]
 ) -> None:
