@@ -1,4 +1,4 @@
-"""Greedy generation token by token, with what routing decided."""
+"""The engine of a run, a prompt for it, and what routing decided."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mskip.compressor.artifact import Run
-    from mskip.exporters.contract import Contract
-    from mskip.exporters.runner import Ints, Runner, State
+    from mskip.exporters.contract import Contract, Target
+    from mskip.exporters.runner import Runner, State
 
 
 @contextmanager
-def opened_engine(run: Run, name: str) -> Iterator[tuple[Runner, PreTrainedTokenizerBase]]:
-    """The engine ("onnx" or "torch") of a run, and its tokenizer.
+def opened_engine(
+    run: Run, name: str, target: Target = "portable"
+) -> Iterator[tuple[Runner, PreTrainedTokenizerBase]]:
+    """The engine ("onnx" or "torch") of a run, and its tokenizer; ``target`` is of the graph.
 
     Raises:
         ModelError: the routers decide once a token, which neither runs.
@@ -32,12 +34,14 @@ def opened_engine(run: Run, name: str) -> Iterator[tuple[Runner, PreTrainedToken
     require_unit(routing_unit(run), "sequence", "mskip generate")
     if name == "onnx":
         from mskip.compressor.models import load_tokenizer
-        from mskip.exporters.ort_runner import OrtRunner
+        from mskip.exporters.opening import open_runner
+        from mskip.exporters.targets import graph_folder
 
+        folder = graph_folder(run, target)
         with console.progress() as progress:
             progress("load engine", 0, 1)
-            engine = OrtRunner(run.onnx)
-            tokenizer = load_tokenizer(run.onnx)
+            engine = open_runner(folder)
+            tokenizer = load_tokenizer(folder)
             progress("load engine", 1, 1)
         yield engine, tokenizer
         return
@@ -71,51 +75,6 @@ def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sample.input_ids
 
 
-def one(tokens: list[int]) -> Ints:
-    """A batch of one sequence, [1, tokens]."""
-    return np.array([tokens], dtype=np.int64)
-
-
-def following(runner: Runner, state: State, max_new_tokens: int) -> Iterator[tuple[int, State]]:
-    """Greedy tokens after a prefill, the end token left out, each with the state it came from."""
-    for step in range(max_new_tokens):
-        token = int(state.logits[0, -1].argmax())
-        if token in runner.contract.eos:
-            return
-        yield token, state
-        if step < max_new_tokens - 1:
-            state = runner.extend(state, one([token]))
-
-
-class TextStream:
-    """Text of tokens as they come, held back inside a character of several tokens."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.tokens: list[int] = []
-        self.shown = 0
-
-    def text(self) -> str:
-        """All of it."""
-        return str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
-
-    def add(self, token: int) -> str:
-        """What a further token lets be shown."""
-        self.tokens.append(token)
-        text = self.text()
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        return self._new(text)
-
-    def rest(self) -> str:
-        """What was held back until the end."""
-        return self._new(self.text())
-
-    def _new(self, text: str) -> str:
-        new, self.shown = text[self.shown :], max(self.shown, len(text))
-        return new
-
-
 def dense_kv_bytes(contract: Contract, tokens: int) -> int:
     """Bytes of keys and values that one sequence holds when nothing is skipped."""
     width = 2 * contract.kv_heads * contract.head_dim * np.dtype(contract.dtype).itemsize
@@ -123,14 +82,14 @@ def dense_kv_bytes(contract: Contract, tokens: int) -> int:
 
 
 def routing_report(
-    contract: Contract, first: State, last: State, tau: float | None, kv_bytes: int
+    contract: Contract, state: State, tau: float | None, kv_bytes: int
 ) -> dict[str, Any]:
     """Decisions, capacity and memory of one sequence."""
     taus = contract.tau if tau is None else [tau] * len(contract.routed_layers)
     rows = [
         {"layer": layer, "score": float(score), "tau": float(limit), "executed": bool(decision)}
         for layer, score, limit, decision in zip(
-            contract.routed_layers, first.scores[0], taus, first.routing[0], strict=True
+            contract.routed_layers, state.scores[0], taus, state.routing[0], strict=True
         )
     ]
     executed = sum(bool(row["executed"]) for row in rows)
@@ -139,5 +98,5 @@ def routing_report(
         "capacity": executed / len(rows),
         "skip_rate": 1 - executed / len(rows),
         "kv_bytes": kv_bytes,
-        "kv_bytes_dense": dense_kv_bytes(contract, last.mask.shape[1]),
+        "kv_bytes_dense": dense_kv_bytes(contract, state.mask.shape[1]),
     }

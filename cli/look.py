@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from mskip.cli import console
-from mskip.cli.options import AsJson, RunFolder
+from mskip.cli.options import AsJson, GraphTarget, RunFolder, Target
 
 if TYPE_CHECKING:
     from mskip.compressor.artifact import Run
@@ -67,8 +68,11 @@ def inspect(run: RunFolder = None, as_json: AsJson = False) -> None:
     console.emit(report, as_json, show)
 
 
-def _default_engine(run: Run) -> Engine:
-    ready = (run.onnx / "contract.json").is_file() and importlib.util.find_spec("onnxruntime")
+def _default_engine(run: Run, target: Literal["portable", "ort"]) -> Engine:
+    from mskip.exporters.targets import graph_folder
+
+    exported = (graph_folder(run, target) / "contract.json").is_file()
+    ready = target != "portable" or (exported and importlib.util.find_spec("onnxruntime"))
     return Engine.onnx if ready else Engine.torch
 
 
@@ -85,7 +89,25 @@ def generate(
         Engine | None,
         typer.Option(help="onnx where the run has an export, else torch, if left out."),
     ] = None,
+    target: GraphTarget = Target.portable,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="Draw tokens, from logits divided by T; 0: greedy.")
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(metavar="P", help="Draw from the likeliest that reach probability P."),
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(metavar="K", help="Draw from the K likeliest; 0: from all.")
+    ] = 0,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Of the draws; another every time if left out.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End the answer before this text; repeatable."),
+    ] = None,
     tau: Annotated[
         float | None,
         typer.Option(metavar="0..1", help="Another threshold than the calibrated one."),
@@ -96,31 +118,44 @@ def generate(
     from mskip.cli import generation
     from mskip.compressor.artifact import open_run
     from mskip.compressor.errors import RecipeError
+    from mskip.exporters.sampling import Sampling
 
     if tau is not None and not 0.0 <= tau <= 1.0:
         raise RecipeError(f"tau {tau:g} is out of range.", "Scores lie in 0..1, and so does tau.")
+    sampling = Sampling(temperature, top_k, top_p, seed)
     opened = open_run(run)
     live = not as_json and console.main_process()
-    with generation.opened_engine(opened, engine or _default_engine(opened)) as (runner, tokenizer):
+    by = engine or _default_engine(opened, target.value)
+    with generation.opened_engine(opened, by, target.value) as (runner, tokenizer):
         ids = generation.prompt_ids(prompt, tokenizer)
-        text = generation.TextStream(tokenizer)
-        started = time.monotonic()
-        first = last = runner.prefill(generation.one(ids), tau=tau)
-        for token, state in generation.following(runner, first, max_new_tokens):
-            last = state
-            piece = text.add(token)
+        text, tokens, times = "", list[int](), [time.monotonic()]
+        for step in runner.stream(
+            [ids],
+            max_new_tokens,
+            sampling=sampling,
+            stop=stop or [],
+            decode=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
+            tau=tau,
+        ):
+            times.append(time.monotonic())
+            tokens += [token for token in step.tokens if token is not None]
+            text += step.text[0]
             if live:
-                print(piece, end="", flush=True)
+                print(step.text[0], end="", flush=True)
         if live:
-            print(text.rest())
-        spent = time.monotonic() - started
+            print()
+        first, *later = [end - start for start, end in itertools.pairwise(times)]
+        state = step.state
         report = {
             "engine": runner.name,
             "prompt_tokens": len(ids),
-            "tokens": text.tokens,
-            "text": text.text(),
-            "seconds": round(spent, 3),
-            **generation.routing_report(runner.contract, first, last, tau, runner.kv_bytes(last)),
+            "tokens": tokens,
+            "text": text,
+            "ended": step.ended[0],
+            "seconds": round(times[-1] - times[0], 3),
+            "seconds_to_first_token": round(first, 3),
+            "seconds_a_token": round(sum(later) / len(later), 5) if later else None,
+            **generation.routing_report(runner.contract, state, tau, runner.kv_bytes(state)),
         }
     console.emit(report, as_json, _show_routing)
 
@@ -151,8 +186,10 @@ def _show_routing(report: dict[str, Any]) -> None:
         f"keys and values: {console.size(held)}; dense {console.size(dense)} "
         f"({1 - held / dense:.0%} less)"
     )
+    each = report["seconds_a_token"]
+    pace = "" if each is None else f", then {1 / each:.0f} a second"
     console.say(
-        f"{report['prompt_tokens']} prompt tokens, {len(report['tokens'])} new, "
-        f"{console.seconds(report['seconds'])}, {report['engine']}",
+        f"{report['prompt_tokens']} prompt tokens, {len(report['tokens'])} new, first after "
+        f"{console.seconds(report['seconds_to_first_token'])}{pace}, {report['engine']}",
         console.DIM,
     )

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from mskip.exporters.contract import UNSCORED
 from mskip.exporters.ort_runner import OrtRunner
-from mskip.exporters.runner import UNDECIDED, Floats, Ints, State
+from mskip.exporters.runner import UNDECIDED, Floats, Ints, State, selected
 
 _STAMPS = count()
 ROOM = 256
@@ -34,13 +34,34 @@ class Buffers:
             sequences; of a routed layer in a batch of several the executing ones, in their order.
         values: the same memory as the runtime knows it.
         capacity: positions that they have room for.
+        seen: the mask of all columns that were given, [batch, columns and room] int64.
+        attended: memory for the graph's mask, batch x capacity int64.
         writes: columns and stamp of each call that wrote to them, in order.
+        binding: the runtime's, with all values bound; None before that.
+        made: outputs that the runtime finds memory for.
+        bound: names of the outputs in the binding's order.
+        counted: 0, 1, ... capacity - 1.
     """
 
     capacity: int
+    seen: Ints
+    attended: Ints = field(init=False)
     arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     writes: list[tuple[int, int]] = field(default_factory=list)
+    binding: Any = None
+    made: list[str] = field(default_factory=list)
+    bound: list[str] = field(default_factory=list)
+    counted: Ints = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.make_room(self.capacity)
+
+    def make_room(self, capacity: int) -> None:
+        """Memory for masks of so many positions."""
+        self.capacity, self.binding = capacity, None
+        self.attended = np.empty(len(self.seen) * capacity, dtype=np.int64)
+        self.counted = np.arange(capacity)
 
 
 @dataclass(frozen=True)
@@ -79,6 +100,40 @@ class FusedRunner(OrtRunner):
     ) -> State:
         """See `Runner.forward_last`: the head reads one position of each row."""
         return self._forward(input_ids, mask, cache, routing, tau, last=True)
+
+    def extend(self, state: State, tokens: Ints, mask: Ints | None = None) -> State:
+        """See `Runner.extend`; nothing that grows with the context is allocated or copied."""
+        place: Place = state.cache
+        buffers, columns = place.buffers, state.mask.shape[1]
+        self._check(place)
+        whole = columns + tokens.shape[1]
+        if whole > buffers.seen.shape[1]:
+            roomy = np.zeros((len(tokens), 2 * whole), dtype=np.int64)
+            roomy[:, :columns] = state.mask
+            buffers.seen = roomy
+        buffers.seen[:, columns:whole] = 1 if mask is None else mask
+        seen = buffers.seen[:, :whole]
+        after = self.forward(tokens, seen, place, state.routing, self._tau(None))
+        return replace(after, scores=state.scores)
+
+    def select(self, state: State, rows: Sequence[int]) -> State:
+        """See `Runner.select`."""
+        place: Place = state.cache
+        self._check(place)
+        chosen = list(rows)
+        lengths = place.lengths[chosen]
+        columns = int(lengths.max())
+        buffers = Buffers(2 * columns + ROOM, state.mask[chosen])
+        for layer in self.contract.cached_layers:
+            taken = self._cache_rows(layer, state.routing, rows)
+            self._allocate(buffers, layer, len(taken))
+            for part in ("key", "value"):
+                name = _past(layer, part)
+                used = place.buffers.arrays[name][:, :, :columns]
+                buffers.arrays[name][:, :, :columns] = used[taken]
+        stamp = next(_STAMPS)
+        buffers.writes.append((columns, stamp))
+        return selected(state, rows, Place(buffers, lengths, stamp))
 
     def kv_bytes(self, state: State) -> int:
         """Of the positions and rows that hold something; see `Runner.kv_bytes`."""
@@ -132,14 +187,13 @@ class FusedRunner(OrtRunner):
         ids = np.take_along_axis(input_ids, columns_of, axis=1)
         positions = np.broadcast_to(np.arange(columns), ids.shape)
         at = np.clip(np.arange(columns) - first[:, None], 0, None)
-        buffers = Buffers(2 * columns + ROOM)
+        buffers = Buffers(2 * columns + ROOM, mask)
         # Rows of a routed layer are known once it has decided; of a single row they do not matter.
         open_layers = set(self.contract.compact_layers) if batch > 1 else set()
         for layer in set(self.contract.cached_layers) - open_layers:
             self._allocate(buffers, layer, batch)
         state, present = self._call(
-            ids, np.arange(columns) < lengths[:, None], positions, at[:, -1:] if last else at,
-            routing, tau, buffers, lengths,
+            ids, lengths, positions, at[:, -1:] if last else at, routing, tau, buffers, lengths
         )  # fmt: skip
         for layer in open_layers:
             rows = int(state.routing[:, self.contract.routed_layers.index(layer)].sum())
@@ -153,10 +207,7 @@ class FusedRunner(OrtRunner):
         self, input_ids: Ints, mask: Ints, place: Place, routing: Ints, tau: Floats, last: bool
     ) -> State:
         buffers, new = place.buffers, input_ids.shape[1]
-        if (place.columns, place.stamp) not in buffers.writes:
-            raise ValueError(
-                "this state's keys and values were overwritten by going on from an earlier state."
-            )
+        self._check(place)
         while buffers.writes[-1] != (place.columns, place.stamp):
             buffers.writes.pop()
         # A row that is given padding writes it behind its tokens, and does not count it.
@@ -167,8 +218,7 @@ class FusedRunner(OrtRunner):
         at = np.broadcast_to(np.arange(new), input_ids.shape)
         positions = place.lengths[:, None] + np.arange(new)
         state, _ = self._call(
-            input_ids, np.arange(columns) < lengths[:, None], positions,
-            at[:, -1:] if last else at, routing, tau, buffers,
+            input_ids, lengths, positions, at[:, -1:] if last else at, routing, tau, buffers,
             place.lengths + mask[:, mask.shape[1] - new :].sum(axis=1),
         )  # fmt: skip
         return replace(state, mask=mask)
@@ -176,7 +226,7 @@ class FusedRunner(OrtRunner):
     def _call(
         self,
         ids: Ints,
-        mask: npt.NDArray[np.bool_],
+        attended: Ints,
         positions: Ints,
         at: Ints,
         routing: Ints,
@@ -184,10 +234,25 @@ class FusedRunner(OrtRunner):
         buffers: Buffers,
         lengths: Ints,
     ) -> tuple[State, dict[str, Any]]:
-        """Run the graph; gives a state without its mask, and what was not bound."""
+        """Run the graph; gives a state without its mask, and what was not bound.
+
+        Args:
+            ids: [batch, new].
+            attended: positions of each row that attention reads, new ones with them, [batch].
+            positions: [batch, new].
+            at: columns whose logits are wanted, [batch, kept].
+            routing: [batch, routed].
+            tau: [routed].
+            buffers: of the sequences.
+            lengths: real tokens of each row afterwards, [batch].
+        """
+        columns = int(attended.max())
+        # Contiguous, as the runtime wants it, in memory that is there already.
+        mask = buffers.attended[: len(ids) * columns].reshape(len(ids), columns)
+        np.less(buffers.counted[:columns], attended[:, None], out=mask)
         arrays: dict[str, npt.NDArray[Any]] = {
             "input_ids": ids,
-            "attention_mask": mask.astype(np.int64),
+            "attention_mask": mask,
             "position_ids": positions,
             "logits_at": at,
         }
@@ -195,27 +260,15 @@ class FusedRunner(OrtRunner):
             arrays |= {"routing": routing, "tau": tau}
         # An OrtValue borrows the array's memory: `feeds` must outlive the call.
         feeds = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        binding = self.session.io_binding()
+        if buffers.binding is None:
+            self._bind(buffers, len(ids))
+        binding = buffers.binding
         for name, array in feeds.items():
             binding.bind_ortvalue_input(name, self._value(array))
-        free = [name for name in self._outputs if not name.startswith("present.")]
-        order = []
-        for layer in self.contract.cached_layers:
-            for part in ("key", "value"):
-                name, output = _past(layer, part), f"present.{layer}.{part}"
-                given = buffers.values.get(name)
-                if given is None:
-                    free.append(output)
-                    given = self._nothing(len(ids))
-                else:
-                    binding.bind_ortvalue_output(output, given)
-                    order.append(output)
-                binding.bind_ortvalue_input(name, given)
-        for name in free:
+        for name in buffers.made:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
-        # Outputs come in the order in which they were bound.
-        results = dict(zip([*order, *free], binding.get_outputs(), strict=True))
+        results = dict(zip(buffers.bound, binding.get_outputs(), strict=True))
         stamp = next(_STAMPS)
         place = Place(buffers, lengths, stamp)
         buffers.writes.append((place.columns, stamp))
@@ -226,7 +279,33 @@ class FusedRunner(OrtRunner):
             scores[(routing != UNDECIDED) | (scores == UNSCORED)] = np.nan
         else:
             decided, scores = routing, np.zeros(routing.shape, dtype=np.float32)
-        return State(logits, decided, scores, mask.astype(np.int64), place), results
+        return State(logits, decided, scores, mask, place), results
+
+    def _bind(self, buffers: Buffers, batch: int) -> None:
+        """Bind keys and values; the rest changes with every call."""
+        binding = self.session.io_binding()
+        buffers.bound = []
+        for layer in self.contract.cached_layers:
+            for part in ("key", "value"):
+                name, output = _past(layer, part), f"present.{layer}.{part}"
+                given = buffers.values.get(name)
+                if given is None:
+                    given = self._nothing(batch)
+                else:
+                    binding.bind_ortvalue_output(output, given)
+                    buffers.bound.append(output)
+                binding.bind_ortvalue_input(name, given)
+        given_to = set(buffers.bound)
+        buffers.made = [name for name in self._outputs if name not in given_to]
+        # Outputs come in the order in which they were bound first.
+        buffers.bound += buffers.made
+        buffers.binding = binding
+
+    def _check(self, place: Place) -> None:
+        if (place.columns, place.stamp) not in place.buffers.writes:
+            raise ValueError(
+                "this state's keys and values were overwritten by going on from an earlier state."
+            )
 
     # -- buffers --
 
@@ -242,9 +321,10 @@ class FusedRunner(OrtRunner):
             array = np.zeros(self._shape(rows, buffers.capacity), dtype=self.contract.dtype)
             buffers.arrays[_past(layer, part)] = array
             buffers.values[_past(layer, part)] = self._value(array)
+        buffers.binding = None
 
     def _grow(self, buffers: Buffers, capacity: int, used: int) -> None:
-        buffers.capacity = capacity
+        buffers.make_room(capacity)
         for name, old in list(buffers.arrays.items()):
             array = np.zeros(self._shape(len(old), capacity), dtype=old.dtype)
             array[:, :, :used] = old[:, :, :used]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from mskip.compressor.errors import ArtifactError, MissingExtraError
 from mskip.exporters.contract import UNSCORED, read_contract
 from mskip.exporters.onnx_export import CONTRACT, MODEL
-from mskip.exporters.runner import Floats, Ints, Runner, State, positions
+from mskip.exporters.runner import Floats, Ints, Runner, State, positions, selected
 
 
 def contract_path(folder: Path, file: str) -> Path:
@@ -119,6 +120,25 @@ class OrtRunner(Runner):
             for layer in self.contract.cached_layers
             for part in ("key", "value")
         }
+
+    def select(self, state: State, rows: Sequence[int]) -> State:
+        """See `Runner.select`."""
+        cache = {}
+        for layer in self.contract.cached_layers:
+            taken = self._cache_rows(layer, state.routing, rows)
+            for part in ("key", "value"):
+                name = f"past_key_values.{layer}.{part}"
+                cache[name] = self._value(state.cache[name].numpy()[taken])
+        return selected(state, rows, cache)
+
+    def _cache_rows(self, layer: int, routing: Ints, rows: Sequence[int]) -> Ints:
+        """Where the given sequences lie in a layer's cache; [n], of the executing ones."""
+        chosen = np.asarray(rows, dtype=np.int64)
+        if layer not in self.contract.compact_layers:
+            return chosen
+        executing = routing[:, self.contract.routed_layers.index(layer)] == 1
+        found: Ints = (executing.cumsum() - 1)[chosen[executing[chosen]]]
+        return found
 
     def kv_bytes(self, state: State) -> int:
         """See `Runner.kv_bytes`."""

@@ -7,7 +7,7 @@ is a value that the caller holds, so any number of generations interleave.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mskip.exporters.contract import Contract
+from mskip.exporters.sampling import GREEDY, Sampler, Sampling
+from mskip.exporters.text_stream import TextStream
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -44,18 +46,42 @@ class State:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One token of each sequence.
+
+    Attributes:
+        tokens: the new tokens; None of a sequence that has ended, at this step or before.
+        text: what each token lets out, see `TextStream`; empty where no text was asked for.
+        ended: "end" (end token), "stop" (stop string) or "length" of each sequence that has
+            ended, None of the others.
+        state: that the tokens were chosen from; it does not hold them yet.
+    """
+
+    tokens: list[int | None]
+    text: list[str]
+    ended: list[str | None]
+    state: State
+
+
+@dataclass(frozen=True)
 class Generation:
-    """Greedy continuations.
+    """Continuations.
 
     Attributes:
         tokens: new token ids of each prompt, without the end token.
+        text: of each, before any stop string; empty where no text was asked for.
+        ended: see `Step`.
         routing: decisions, [prompts, routed].
         scores: [prompts, routed].
+        state: holds prompts and tokens but the last of each; `extend` or a ``prefix`` goes on.
     """
 
     tokens: list[list[int]]
+    text: list[str]
+    ended: list[str | None]
     routing: Ints
     scores: Floats
+    state: State
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Ints, Ints]:
@@ -73,6 +99,14 @@ def positions(mask: Ints, new: int) -> Ints:
     """Positions of the last ``new`` columns, counted over real tokens; 0 on padding."""
     counted: Ints = np.clip(mask.cumsum(axis=1) - 1, 0, None)
     return np.ascontiguousarray(counted[:, mask.shape[1] - new :])
+
+
+def selected(state: State, rows: Sequence[int], cache: Any) -> State:
+    """A state with the given sequences; ``cache`` is theirs."""
+    chosen = list(rows)
+    return State(
+        state.logits[chosen], state.routing[chosen], state.scores[chosen], state.mask[chosen], cache
+    )
 
 
 class Runner(ABC):
@@ -151,44 +185,109 @@ class Runner(ABC):
         after = self.forward(tokens, whole, state.cache, state.routing, self._tau(None))
         return replace(after, scores=state.scores)
 
-    def generate(
+    @abstractmethod
+    def select(self, state: State, rows: Sequence[int]) -> State:
+        """The given sequences of a state, in the given order, with repeats.
+
+        Args:
+            state: it stays usable.
+            rows: indices of its sequences.
+        """
+
+    def stream(
         self,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         *,
+        sampling: Sampling = GREEDY,
+        stop: Sequence[str] = (),
+        decode: Callable[[list[int]], str] | None = None,
+        prefix: State | None = None,
         tau: Tau = None,
         routing: Ints | None = None,
         stop_at_end: bool = True,
-        on_token: Callable[[list[int]], None] | None = None,
-    ) -> Generation:
-        """Continue prompts greedily, as one batch.
+    ) -> Iterator[Step]:
+        """Continue prompts as one batch, token by token.
 
         Args:
-            prompts: token ids, not empty.
+            prompts: token ids, not empty; their lengths may differ.
             max_new_tokens: longest continuation.
+            sampling: how tokens are chosen.
+            stop: strings that end a sequence; they need ``decode``.
+            decode: token ids to text; with it each step carries its text.
+            prefix: where the sequences stand already, of one sequence for all prompts or one
+                each: a system prompt, an earlier turn. Its decisions stay.
             tau: see `prefill`.
             routing: see `prefill`.
             stop_at_end: end a sequence at an end token.
-            on_token: called with each step's token of every prompt.
+
+        Raises:
+            ValueError: ``tau`` or ``routing`` beside a ``prefix``; ``stop`` without ``decode``.
         """
-        ids, mask = left_padded(prompts, self.contract.pad)
-        state = self.prefill(ids, mask, routing=routing, tau=tau)
-        first = state
-        tokens: list[list[int]] = [[] for _ in prompts]
-        running = [True] * len(prompts)
-        for step in range(max_new_tokens):
-            chosen = state.logits[:, -1].argmax(axis=-1)
-            if on_token is not None:
-                on_token(chosen.tolist())
-            for row, token in enumerate(chosen.tolist()):
+        if prefix is not None and (tau is not None or routing is not None):
+            raise ValueError("the decisions were taken with the prefix: no tau, no routing.")
+        if stop and decode is None:
+            raise ValueError("stop strings need a function that decodes tokens.")
+        state = self._begun(prompts, prefix, tau, routing)
+        sampler = Sampler(sampling, len(prompts))
+        texts = [] if decode is None else [TextStream(decode, stop) for _ in prompts]
+        ended: list[str | None] = [None] * len(prompts)
+        for step in range(1, max_new_tokens + 1):
+            chosen = sampler(state.logits[:, -1])
+            running = np.array([reason is None for reason in ended])
+            tokens: list[int | None] = [None] * len(prompts)
+            text = [""] * len(prompts)
+            for row in np.flatnonzero(running).tolist():
+                token = int(chosen[row])
                 if stop_at_end and token in self.contract.eos:
-                    running[row] = False
-                if running[row]:
-                    tokens[row].append(token)
-            if not any(running) or step == max_new_tokens - 1:
-                break
-            state = self.extend(state, chosen[:, None].astype(np.int64))
-        return Generation(tokens, first.routing, first.scores)
+                    ended[row] = "end"
+                else:
+                    tokens[row] = token
+                    text[row] = texts[row].add(token) if texts else ""
+                    if texts and texts[row].stopped:
+                        ended[row] = "stop"
+                    elif step == max_new_tokens:
+                        ended[row] = "length"
+                if texts and ended[row] is not None:
+                    text[row] += texts[row].rest()
+            yield Step(tokens, text, list(ended), state)
+            if all(ended):
+                return
+            going = np.array([[reason is None] for reason in ended])
+            # A sequence that has ended is given padding, which its cache does not count.
+            fed = np.where(going, chosen[:, None], self.contract.pad)
+            state = self.extend(state, fed, None if going.all() else going.astype(np.int64))
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, **options: Any
+    ) -> Generation:
+        """All of `stream`, which has the same arguments, at once."""
+        tokens: list[list[int]] = [[] for _ in prompts]
+        text = [""] * len(prompts)
+        step: Step | None = None
+        for step in self.stream(prompts, max_new_tokens, **options):
+            for row, token in enumerate(step.tokens):
+                tokens[row] += [] if token is None else [token]
+                text[row] += step.text[row]
+        if step is None:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more.")
+        state = step.state
+        return Generation(tokens, text, step.ended, state.routing, state.scores, state)
+
+    def _begun(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prefix: State | None,
+        tau: Tau,
+        routing: Ints | None,
+    ) -> State:
+        """The state after the prompts, whose last column is a token of each."""
+        ids, mask = left_padded(prompts, self.contract.pad)
+        if prefix is None:
+            return self.prefill(ids, mask, routing=routing, tau=tau, last_only=True)
+        if len(prefix.routing) == 1 < len(prompts):
+            prefix = self.select(prefix, [0] * len(prompts))
+        return self.extend(prefix, ids, mask)
 
     def _tau(self, tau: Tau) -> Floats:
         routed = len(self.contract.routed_layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from mskip.compressor.router import Routers
 from mskip.compressor.routing import HardPass, forced
 from mskip.compressor.sublayers import require_unit
 from mskip.exporters.contract import Contract
-from mskip.exporters.runner import Floats, Ints, Runner, State, positions
+from mskip.exporters.runner import Floats, Ints, Runner, State, positions, selected
 
 
 class TorchRunner(Runner):
@@ -97,6 +98,12 @@ class TorchRunner(Runner):
             mask,
             cache,
         )
+
+    def select(self, state: State, rows: Sequence[int]) -> State:
+        """See `Runner.select`."""
+        cache = _fork(state.cache)
+        cache.batch_select_indices(torch.tensor(rows))
+        return selected(state, rows, cache)
 
     def kv_bytes(self, state: State) -> int:
         """See `Runner.kv_bytes`."""

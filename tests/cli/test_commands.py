@@ -132,19 +132,6 @@ def test_progress_in_a_log_is_a_line_a_stage(capsys):
     assert second.startswith("second ... ")
 
 
-def test_text_is_held_back_inside_a_character(make_tokenizer):
-    from mskip.cli.generation import TextStream
-
-    tokenizer = make_tokenizer()
-    stream = TextStream(tokenizer)
-    tokens = tokenizer("aé€b", add_special_tokens=False)["input_ids"]
-    pieces = [stream.add(token) for token in tokens]
-    assert "".join(pieces) == "aé€b"
-    assert "" in pieces
-    stream.add(tokenizer("€", add_special_tokens=False)["input_ids"][0])
-    assert stream.rest() == "\N{REPLACEMENT CHARACTER}"
-
-
 def test_resume_knows_what_is_finished(bare_run, calibration):
     import os
 

@@ -212,6 +212,63 @@ def test_going_back_refuses_what_was_overwritten(
     assert np.abs(second.logits - first.logits).max() > 1e-3
 
 
+def test_generation_equals_pytorch(
+    made: tuple[BaseModel, Routers, Path], engine: FusedRunner, reference: TorchRunner
+) -> None:
+    """Prompts of unequal length, alone and after one prefix, which is used twice."""
+    llama_only(made, engine)
+    options: dict[str, Any] = {"routing": MIXED, "stop_at_end": False}
+    expected = reference.generate(PROMPTS, 6, **options)
+    assert engine.generate(PROMPTS, 6, **options).tokens == expected.tokens
+    for decision in ([[1, 0, 1]], [[0, 1, 1]]):
+        prefixes = [
+            runner.prefill(np.array([PROMPTS[1]]), routing=np.array(decision))
+            for runner in (reference, engine)
+        ]
+        for prompts in (PROMPTS, PROMPTS[:1], PROMPTS[2:3]):
+            expected, found = (
+                runner.generate(prompts, 4, prefix=prefix, stop_at_end=False)
+                for runner, prefix in zip((reference, engine), prefixes, strict=True)
+            )
+            assert found.tokens == expected.tokens
+
+
+def test_sequences_are_taken_out_and_doubled(
+    made: tuple[BaseModel, Routers, Path], engine: FusedRunner
+) -> None:
+    llama_only(made, engine)
+    ids, mask = padded()
+    token, rows = np.arange(10, 16)[:, None], [4, 0, 2, 4]
+    state = engine.extend(engine.prefill(ids, mask, routing=MIXED), token)
+    chosen = engine.select(state, rows)
+    expected = engine.extend(state, token)
+    found = engine.extend(chosen, token[rows])
+    close(found.logits, expected.logits[rows])
+    assert engine.kv_bytes(engine.select(state, [3])) < engine.kv_bytes(engine.select(state, [2]))
+    engine.extend(state, token)
+    with pytest.raises(ValueError, match="overwritten"):
+        engine.select(expected, rows)
+
+
+def test_a_step_allocates_nothing_that_grows(
+    made: tuple[BaseModel, Routers, Path], engine: FusedRunner
+) -> None:
+    """Of the Python side, by tracemalloc; the runtime writes to bound memory."""
+    import tracemalloc
+
+    llama_only(made, engine)
+    peaks = []
+    for length in (20, 2000):
+        state = engine.prefill(np.full((1, length), 7))
+        for _ in range(3):
+            state = engine.extend(state, np.array([[9]]))
+        tracemalloc.start()
+        state = engine.extend(state, np.array([[9]]))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 2000
+
+
 @pytest.mark.parametrize(
     ("mask", "message"), [([[1, 0, 1]], "after its first token"), ([[1, 1, 0]], "after its first")]
 )

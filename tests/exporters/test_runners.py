@@ -22,6 +22,7 @@ from mskip.compressor.errors import ArtifactError, MissingExtraError
 from mskip.exporters.onnx_export import CEILING, DENSE, MODEL, STATIC
 from mskip.exporters.ort_runner import OrtRunner
 from mskip.exporters.runner import Floats, Ints, Runner, State, left_padded, positions
+from mskip.exporters.sampling import Sampling
 from mskip.exporters.torch_runner import TorchRunner
 
 if TYPE_CHECKING:
@@ -363,17 +364,90 @@ class TestRunner:
         free = runner.generate(PROMPTS, 6, stop_at_end=False).tokens
         ends = [free[0][2], free[1][0]]
         monkeypatch.setattr(runner, "contract", replace(runner.contract, eos=ends))
-        seen: list[list[int]] = []
-        stopped = runner.generate(PROMPTS, 6, on_token=seen.append).tokens
-        for whole, cut in zip(free, stopped, strict=True):
-            stop = next((i for i, token in enumerate(whole) if token in ends), len(whole))
-            assert cut == whole[:stop]
-        assert stopped[1] == []
-        assert [step[0] for step in seen] == free[0]
+        steps = list(runner.stream(PROMPTS, 6))
+        stopped = runner.generate(PROMPTS, 6)
+        for row, whole in enumerate(free):
+            at = next((i for i, token in enumerate(whole) if token in ends), len(whole))
+            assert stopped.tokens[row] == whole[:at]
+            assert stopped.ended[row] == ("length" if at == len(whole) else "end")
+            given = [step.tokens[row] for step in steps]
+            assert given == whole[:at] + [None] * (len(steps) - at)
+        assert stopped.tokens[1] == []
         # Alone, the first prompt ends the call with its own end.
-        alone: list[list[int]] = []
-        runner.generate(PROMPTS[:1], 6, on_token=alone.append)
-        assert len(alone) == free[0].index(next(t for t in free[0] if t in ends)) + 1
+        at = next(i for i, token in enumerate(free[0]) if token in ends)
+        assert len(list(runner.stream(PROMPTS[:1], 6))) == at + 1
+
+    def test_a_sequence_that_has_ended_reads_nothing_more(
+        self, runner: Runner, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Another turn after an answer goes on from its tokens, not from what the others wrote."""
+        free = runner.generate(PROMPTS[:2], 6, stop_at_end=False).tokens
+        end = next(t for t in free[0] if t not in free[1])
+        monkeypatch.setattr(runner, "contract", replace(runner.contract, eos=[end]))
+        done = runner.generate(PROMPTS[:2], 6)
+        assert done.ended == ["end", "length"]
+        answer = done.tokens[0]
+        turn = [5, 6]
+        more = runner.generate([turn, turn], 3, prefix=done.state, stop_at_end=False)
+        text = [*PROMPTS[0], *answer, *turn]
+        alone = runner.generate([text], 3, routing=done.routing[:1], stop_at_end=False)
+        assert more.tokens[0] == alone.tokens[0]
+
+    def test_one_prefix_for_all_prompts(self, runner: Runner) -> None:
+        system = tokens(6, seed=40).tolist()
+        prefix = runner.prefill(np.array([system]), routing=MIXED[:1])
+        found = runner.generate(PROMPTS, 4, prefix=prefix, stop_at_end=False)
+        again = runner.generate(PROMPTS[:1], 4, prefix=prefix, stop_at_end=False)
+        whole = [system + prompt for prompt in PROMPTS]
+        routing = np.repeat(prefix.routing, len(PROMPTS), axis=0)
+        expected = runner.generate(whole, 4, routing=routing, stop_at_end=False)
+        assert found.tokens == expected.tokens
+        assert again.tokens == expected.tokens[:1]
+        np.testing.assert_array_equal(found.scores, np.repeat(prefix.scores, len(PROMPTS), axis=0))
+
+    def test_decisions_of_a_prefix_stay(self, runner: Runner) -> None:
+        prefix = runner.prefill(IDS, MASK)
+        with pytest.raises(ValueError, match="taken with the prefix"):
+            runner.generate(PROMPTS, 1, prefix=prefix, tau=0.1)
+
+    def test_sequences_are_taken_out_doubled_and_put_in_another_order(self, runner: Runner) -> None:
+        rows = [3, 0, 6, 3]
+        state = decoded(runner.prefill(IDS, MASK, routing=MIXED), runner)[-1]
+        chosen = runner.select(state, rows)
+        token = tokens(8, 1, seed=9)
+        expected = runner.extend(state, token)
+        found = runner.extend(chosen, token[rows])
+        np.testing.assert_allclose(found.logits, expected.logits[rows], atol=CLOSE)
+        np.testing.assert_array_equal(found.routing, expected.routing[rows])
+
+    def test_draws_do_not_depend_on_the_batch(self, runner: Runner) -> None:
+        sampling = Sampling(temperature=1.0, top_p=0.95, seed=3)
+        together = runner.generate(PROMPTS, 5, sampling=sampling, stop_at_end=False)
+        assert (
+            together.tokens
+            == runner.generate(PROMPTS, 5, sampling=sampling, stop_at_end=False).tokens
+        )
+        alone = runner.generate(PROMPTS[:1], 5, sampling=sampling, stop_at_end=False)
+        assert alone.tokens[0] == together.tokens[0]
+        greedy = runner.generate(PROMPTS, 5, stop_at_end=False)
+        assert greedy.tokens != together.tokens
+
+    def test_stop_strings_end_a_sequence(self, runner: Runner) -> None:
+        def decode(tokens: list[int]) -> str:
+            return "".join(f"<{token}>" for token in tokens)
+
+        free = runner.generate(PROMPTS, 6, stop_at_end=False).tokens
+        stop = decode(free[0][2:4])[1:-1]  # from within one token to within another
+        steps = list(runner.stream(PROMPTS, 6, stop=[stop], decode=decode, stop_at_end=False))
+        found = runner.generate(PROMPTS, 6, stop=[stop], decode=decode, stop_at_end=False)
+        for row, whole in enumerate(free):
+            text = decode(whole)
+            assert found.text[row] == text.split(stop)[0]
+            assert found.ended[row] == ("stop" if stop in text else "length")
+            assert "".join(step.text[row] for step in steps) == found.text[row]
+        assert found.ended[0] == "stop"
+        with pytest.raises(ValueError, match="decodes"):
+            runner.generate(PROMPTS, 1, stop=["a"])
 
 
 # -- graphs without routing -------------------------------------------------------------------
