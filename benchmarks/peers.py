@@ -38,7 +38,7 @@ from mskip.exporters.onnx_export import DENSE
 from mskip.exporters.opening import open_runner
 from mskip.exporters.runner import Floats, Ints
 from mskip.exporters.speed import machine
-from mskip.exporters.targets import graph_folder
+from mskip.exporters.targets import Form
 
 Step = Callable[[Ints], Floats]
 Prefill = Callable[[Ints], tuple[Floats, Step]]
@@ -50,7 +50,7 @@ BASE = "onnxruntime-genai"
 
 def ours(run: Run, target: Target, threads: int | None) -> Prefill:
     """Our dense graph."""
-    engine = open_runner(graph_folder(run, target), DENSE, threads=threads)
+    engine = open_runner(Form(target).folder(run), DENSE, threads=threads)
 
     def prefill(ids: Ints) -> tuple[Floats, Step]:
         state = engine.prefill(ids, last_only=True)

@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mskip.compressor.artifact import Run
-    from mskip.exporters.contract import Contract, Target
+    from mskip.exporters.contract import Contract
     from mskip.exporters.runner import Runner, State
+    from mskip.exporters.targets import Form
 
 
 @contextmanager
 def opened_engine(
-    run: Run, name: str, target: Target = "portable"
+    run: Run, name: str, form: Form
 ) -> Iterator[tuple[Runner, PreTrainedTokenizerBase]]:
-    """The engine ("onnx" or "torch") of a run, and its tokenizer; ``target`` is of the graph.
+    """The engine ("onnx" or "torch") of a run, and its tokenizer; ``form`` is of the graph.
 
     Raises:
         ModelError: the routers decide once a token, which neither runs.
@@ -35,9 +36,8 @@ def opened_engine(
     if name == "onnx":
         from mskip.compressor.models import load_tokenizer
         from mskip.exporters.opening import open_runner
-        from mskip.exporters.targets import graph_folder
 
-        folder = graph_folder(run, target)
+        folder = form.folder(run)
         with console.progress() as progress:
             progress("load engine", 0, 1)
             engine = open_runner(folder)

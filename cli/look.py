@@ -7,15 +7,16 @@ import itertools
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mskip.cli import console
-from mskip.cli.options import AsJson, GraphTarget, RunFolder, Target
+from mskip.cli.options import AsJson, GraphTarget, GraphWeights, RunFolder, Target, Weights
 
 if TYPE_CHECKING:
     from mskip.compressor.artifact import Run
+    from mskip.exporters.targets import Form
 
 app = typer.Typer()
 
@@ -68,11 +69,9 @@ def inspect(run: RunFolder = None, as_json: AsJson = False) -> None:
     console.emit(report, as_json, show)
 
 
-def _default_engine(run: Run, target: Literal["portable", "ort"]) -> Engine:
-    from mskip.exporters.targets import graph_folder
-
-    exported = (graph_folder(run, target) / "contract.json").is_file()
-    ready = target != "portable" or (exported and importlib.util.find_spec("onnxruntime"))
+def _default_engine(run: Run, form: Form) -> Engine:
+    exported = (form.folder(run) / "contract.json").is_file()
+    ready = form.options or (exported and importlib.util.find_spec("onnxruntime"))
     return Engine.onnx if ready else Engine.torch
 
 
@@ -90,6 +89,7 @@ def generate(
         typer.Option(help="onnx where the run has an export, else torch, if left out."),
     ] = None,
     target: GraphTarget = Target.portable,
+    weights: GraphWeights = Weights.float,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer.")] = 64,
     temperature: Annotated[
         float, typer.Option(metavar="T", help="Draw tokens, from logits divided by T; 0: greedy.")
@@ -119,14 +119,16 @@ def generate(
     from mskip.compressor.artifact import open_run
     from mskip.compressor.errors import RecipeError
     from mskip.exporters.sampling import Sampling
+    from mskip.exporters.targets import Form
 
     if tau is not None and not 0.0 <= tau <= 1.0:
         raise RecipeError(f"tau {tau:g} is out of range.", "Scores lie in 0..1, and so does tau.")
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = open_run(run)
     live = not as_json and console.main_process()
-    by = engine or _default_engine(opened, target.value)
-    with generation.opened_engine(opened, by, target.value) as (runner, tokenizer):
+    form = Form(target.value, weights.value)
+    by = engine or _default_engine(opened, form)
+    with generation.opened_engine(opened, by, form) as (runner, tokenizer):
         ids = generation.prompt_ids(prompt, tokenizer)
         text, tokens, times = "", list[int](), [time.monotonic()]
         for step in runner.stream(

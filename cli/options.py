@@ -55,6 +55,24 @@ GraphTarget = Annotated[
         help="Standard operators, or ONNX Runtime's fused ones with keys and values in place.",
     ),
 ]
+
+
+class Weights(StrEnum):
+    """How weights are stored."""
+
+    float = "float"
+    int8 = "int8"
+    int4 = "int4"
+
+
+GraphWeights = Annotated[
+    Weights,
+    typer.Option(
+        "--weights",
+        metavar="float|int8|int4",
+        help="As the model has them, or rounded to 8 or 4 bits; these need --target ort.",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", metavar="", help="Run Python code that the model brings."),

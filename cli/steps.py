@@ -11,12 +11,14 @@ from mskip.cli import console, tables
 from mskip.cli.options import (
     AsJson,
     GraphTarget,
+    GraphWeights,
     Output,
     Overrides,
     Quick,
     RunFolder,
     Target,
     TrustRemoteCode,
+    Weights,
 )
 from mskip.cli.session import DEFAULT_RECIPE, check_same_recipe, is_tuned, resolve, working
 
@@ -175,6 +177,7 @@ def export(
         bool, typer.Option("--triton", metavar="", help="Triton repository: not yet.")
     ] = False,
     target: GraphTarget = Target.portable,
+    weights: GraphWeights = Weights.float,
     as_json: AsJson = False,
 ) -> None:
     """Export the conditional graph, with its contract and tokenizer."""
@@ -191,17 +194,22 @@ def export(
     opened = open_run(run)
     opened.calibration()  # before the model is loaded
     from mskip.exporters.onnx_export import export_run
+    from mskip.exporters.targets import Form
 
+    form = Form(target.value, weights.value)
     with working(opened.recipe().model) as (base, progress):
-        report = export_run(opened, base, progress, target.value)
+        report = export_run(opened, base, progress, form)
     console.emit(report, as_json, lambda value: tables.exported(value, opened.path))
     if not as_json:
-        tables.next_step(opened.path, f"mskip validate{_again(target)}")
+        tables.next_step(opened.path, f"mskip validate{form.options}")
 
 
 @app.command(rich_help_panel="Steps of a run", epilog="Example: mskip validate runs/smollm2-135m")
 def validate(
-    run: RunFolder = None, target: GraphTarget = Target.portable, as_json: AsJson = False
+    run: RunFolder = None,
+    target: GraphTarget = Target.portable,
+    weights: GraphWeights = Weights.float,
+    as_json: AsJson = False,
 ) -> None:
     """Prove the export against PyTorch; exit status 3 when a gate fails."""
     from mskip.compressor.artifact import open_run
@@ -209,18 +217,16 @@ def validate(
     opened = open_run(run)
     opened.calibration()
     from mskip.exporters.parity import validate_run
+    from mskip.exporters.targets import Form
 
+    form = Form(target.value, weights.value)
     with working(opened.recipe().model) as (base, progress):
-        report = validate_run(opened, base, progress, target.value)
+        report = validate_run(opened, base, progress, form)
     console.emit(report, as_json, tables.validated)
     if report["status"] != "passed":
         raise typer.Exit(GATE_FAILED)
     if not as_json:
-        tables.next_step(opened.path, f"mskip bench{_again(target)}")
-
-
-def _again(target: Target) -> str:
-    return "" if target is Target.portable else f" --target {target}"
+        tables.next_step(opened.path, f"mskip bench{form.options}")
 
 
 def _counts(text: str | None, option: str) -> list[int] | None:
@@ -268,14 +274,16 @@ def bench(
         int | None, typer.Option(min=1, metavar="N", help="Timed rounds; likewise.")
     ] = None,
     target: GraphTarget = Target.portable,
+    weights: GraphWeights = Weights.float,
     as_json: AsJson = False,
 ) -> None:
     """Time dense, routed, all-execute, all-skip and static engines, interleaved."""
     batches, contexts = _counts(batch, "--batch"), _counts(context, "--context")
     from mskip.compressor.artifact import open_run
     from mskip.exporters.speed import bench_run
+    from mskip.exporters.targets import Form
 
-    opened = open_run(run)
+    opened, form = open_run(run), Form(target.value, weights.value)
     with console.progress() as progress:
         report = bench_run(
             opened,
@@ -284,7 +292,7 @@ def bench(
             contexts=contexts,
             repeats=repeats,
             progress=progress,
-            target=target.value,
+            form=form,
         )
     console.emit(report, as_json, tables.benched)
     if not as_json:

@@ -277,12 +277,28 @@ class ValidationLimits(_Spec):
     quality_difference: NonNeg = _key(1e-3, "Max |KL engine - KL torch|, in nats; >= 0.")
 
 
+class RoundedLimits(_Spec):
+    """What an engine with weights of 8 or 4 bits has to reach against PyTorch with all bits."""
+
+    decision_agreement: Share = _key(0.98, "Min share of equal decisions, 0..1.")
+    kl: NonNeg = _key(0.02, "Max mean KL of next tokens, in nats, decisions forced equal; >= 0.")
+    next_token_match: Share = _key(0.95, "Min share of equal likeliest next tokens, 0..1.")
+    quality_difference: NonNeg = _key(0.02, "Max |KL engine - KL torch|, in nats; >= 0.")
+
+
 class ValidationSpec(_Spec):
     """How an exported engine is proven against PyTorch."""
 
     prompts: Count = _key(32, "Held-out prompts to compare on; >= 1.")
     steps: Count = _key(32, "Tokens decoded for each prompt; >= 1.")
     limits: ValidationLimits = _key(ValidationLimits(), "What the engine has to reach.")
+    int8: RoundedLimits = _key(RoundedLimits(), "In place of some of them, with --weights int8.")
+    int4: RoundedLimits = _key(
+        RoundedLimits(
+            decision_agreement=0.95, kl=0.1, next_token_match=0.85, quality_difference=0.1
+        ),
+        "In place of some of them, with --weights int4.",
+    )
 
 
 class BenchSpec(_Spec):

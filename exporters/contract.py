@@ -17,7 +17,7 @@ from mskip.compressor.errors import ArtifactError
 from mskip.compressor.files import read_json, write_json
 from mskip.compressor.sublayers import Granularity
 
-FORMAT = 3
+FORMAT = 4
 UNSCORED = -1.0
 """Value in ``routing_scores`` where no score was computed (nothing was undecided)."""
 
@@ -26,6 +26,8 @@ CAPACITY, KEPT = "capacity", "kept"
 
 Target = Literal["portable", "ort"]
 """Standard operators only, or the fused forms of ONNX Runtime."""
+Weights = Literal["float", "int8", "int4"]
+"""As the model has them, or rounded to 8 or 4 bits in blocks."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Contract:
         target: which operators the graph may use. For "ort", keys and values lie in buffers
             with room for more positions than are in them, the real tokens of a row come first
             (padding on the right), and logits are given for the columns named in ``logits_at``.
+        weights: how the weights of products are stored.
     """
 
     layers: int
@@ -82,6 +85,7 @@ class Contract:
     granularity: Granularity = "attention"
     compensation_rank: int = 0
     target: Target = "portable"
+    weights: Weights = "float"
 
     def kv_axes(self, layer: int, length: str) -> list[str | int]:
         """Axes of a layer's keys or values; ``length`` is the symbol of its positions."""

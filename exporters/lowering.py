@@ -23,6 +23,7 @@ from mskip.exporters.bodies import Body
 from mskip.exporters.contract import UNSCORED, Contract
 from mskip.exporters.fused import MICROSOFT
 from mskip.exporters.layers import DOMAIN, SCORE, SUBLAYER
+from mskip.exporters.quantised import quantise_products
 from mskip.exporters.splicing import DTYPES, bound, initializer, moved, renamed, substitute
 from mskip.exporters.tracing import Traced
 
@@ -295,7 +296,9 @@ class _Builder:
             node.attributes["end"] = ir.AttrInt64("end", axis + 1)
 
     def finish(self, contract: Contract) -> ir.Model:
-        """Fold weight transposes, drop what is unused, name the axes."""
+        """Round or transpose weights, drop what is unused, name the axes."""
+        if contract.weights != "float":
+            quantise_products(self.graph, contract.weights)
         _share_tied_head(self.graph)
         _fold_transposes(self.graph)
         common.RemoveUnusedNodesPass()(self.model)

@@ -29,10 +29,10 @@ from mskip.compressor.progress import Progress, silent
 from mskip.compressor.router import Routers
 from mskip.compressor.sublayers import require_unit
 from mskip.exporters.bodies import body_weights
-from mskip.exporters.contract import Contract, Target
+from mskip.exporters.contract import Contract
 from mskip.exporters.fused import OPSET as FUSED_OPSET
 from mskip.exporters.lowering import routed_graph, static_graph
-from mskip.exporters.targets import graph_folder, report_name
+from mskip.exporters.targets import PORTABLE, Form
 from mskip.exporters.tracing import trace
 
 MODEL, DENSE, STATIC, CEILING = "model.onnx", "dense.onnx", "static.onnx", "ceiling.onnx"
@@ -45,7 +45,7 @@ def contract_of(
     routers: Routers,
     tau: list[float],
     opset: int,
-    target: Target = "portable",
+    form: Form = PORTABLE,
 ) -> Contract:
     """The contract of a model's routed graph."""
     config = base.model.config.get_text_config()
@@ -58,14 +58,15 @@ def contract_of(
         head_dim=head_dim,
         vocabulary=config.vocab_size,
         dtype=str(base.model.dtype).removeprefix("torch."),
-        opset=max(opset, FUSED_OPSET) if target == "ort" else opset,
+        opset=max(opset, FUSED_OPSET) if form.target == "ort" else opset,
         tau=tau,
         eos=ends if isinstance(ends, list) else [] if ends is None else [ends],
         pad=int(base.tokenizer.pad_token_id),
         removed_layers=[],
         granularity=routers.sublayers.granularity,
         compensation_rank=routers.sublayers.compensation_rank,
-        target=target,
+        target=form.target,
+        weights=form.weights,
     )
 
 
@@ -162,12 +163,12 @@ def export_onnx(
 
 
 def export_run(
-    run: Run, base: BaseModel, progress: Progress = silent, target: Target = "portable"
+    run: Run, base: BaseModel, progress: Progress = silent, form: Form = PORTABLE
 ) -> dict[str, Any]:
-    """Export a calibrated run to ``onnx/``, or for another target to the folder of its name.
+    """Export a calibrated run to ``onnx/``, or in another form to the folder of its name.
 
     Returns:
-        The report, as saved in ``reports/export.json`` (``export-<target>.json``).
+        The report, as saved in ``reports/export.json`` (``export-<form>.json``).
 
     Raises:
         ArtifactError: the run is not tuned or calibrated, or cannot be written.
@@ -179,8 +180,8 @@ def export_run(
     recipe = run.recipe()
     routers = load_routers(run, base)
     calibration = run.calibration()
-    contract = contract_of(base, routers, calibration["tau"], recipe.export.opset, target)
-    place = graph_folder(run, target)
+    contract = contract_of(base, routers, calibration["tau"], recipe.export.opset, form)
+    place = form.folder(run)
     removed = static_peer_layers(run, routers.layers, calibration["target"])
     with whole_folder(place) as folder:
         export_onnx(base, routers, contract, folder, removed, progress)
@@ -188,7 +189,8 @@ def export_run(
     peak = peak_rss()
     report = {
         "file": f"{place.name}/{MODEL}",
-        "target": target,
+        "target": form.target,
+        "weights": form.weights,
         "opset": contract.opset,
         "ir_version": onnx.load(place / MODEL, load_external_data=False).ir_version,
         "bytes": sum(path.stat().st_size for path in place.iterdir()),
@@ -208,7 +210,7 @@ def export_run(
         "checker": "passed",
         "static_removed": removed,
     }
-    run.write_report(report_name("export", target), report)
+    run.write_report(form.report("export"), report)
     entry = {"sha256": report["sha256"], "opset": contract.opset}
     run.write_manifest(**{place.name: entry})
     return report

@@ -18,14 +18,13 @@ from mskip.compressor.encoding import Sample
 from mskip.compressor.errors import ArtifactError
 from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
-from mskip.compressor.recipe import ValidationLimits
+from mskip.compressor.recipe import RoundedLimits, ValidationSpec
 from mskip.compressor.samples import run_samples
 from mskip.compressor.sublayers import require_unit
-from mskip.exporters.contract import Target
 from mskip.exporters.laziness import measure_laziness
 from mskip.exporters.opening import open_runner
 from mskip.exporters.runner import Floats, Ints, Runner, State, left_padded
-from mskip.exporters.targets import export_command, graph_folder, report_name
+from mskip.exporters.targets import PORTABLE, Form
 from mskip.exporters.torch_runner import TorchRunner
 
 BATCH = 8
@@ -77,6 +76,10 @@ class Comparison:
         min_margin: smallest |score - tau| of the reference.
         max_abs: largest absolute difference of logits, decisions forced equal.
         max_rel: the same relative to the largest logit of its position.
+        kl: sum over positions of KL(reference || engine) of the next token, nats, decisions
+            forced equal.
+        next_matching: positions where both find the same token likeliest.
+        positions: positions compared.
         matching: prompts whose greedy tokens are all equal.
         prompts: prompts compared.
     """
@@ -86,6 +89,9 @@ class Comparison:
     min_margin: float = float("inf")
     max_abs: float = 0.0
     max_rel: float = 0.0
+    kl: float = 0.0
+    next_matching: int = 0
+    positions: int = 0
     matching: int = 0
     prompts: int = 0
 
@@ -113,8 +119,14 @@ class Comparison:
     def logits(self, expected: Floats, found: Floats, mask: Ints) -> None:
         """Compare logits [batch, sequence, vocabulary] where ``mask`` is 1."""
         real = mask.astype(bool)
-        difference = np.abs(expected[real] - found[real]).max(axis=-1)
-        scale = np.abs(expected[real]).max(axis=-1)
+        expected, found = expected[real], found[real]
+        difference = np.abs(expected - found).max(axis=-1)
+        scale = np.abs(expected).max(axis=-1)
+        for one, other in zip(expected, found, strict=True):  # one vocabulary at a time
+            right, made = _log_probs(one), _log_probs(other)
+            self.kl += float(finite((np.exp(right) * (right - made)).sum()))
+        self.next_matching += int((expected.argmax(-1) == found.argmax(-1)).sum())
+        self.positions += len(expected)
         self.max_abs = max(self.max_abs, float(finite(difference).max()))
         self.max_rel = max(self.max_rel, float(finite(difference / scale).max()))
 
@@ -223,7 +235,7 @@ def quality(
 
 def _answer_log_probs(
     runner: Runner, samples: Sequence[Sample], routing: Ints | None
-) -> tuple[Floats, Ints]:
+) -> tuple[npt.NDArray[np.float64], Ints]:
     """Log probabilities at the answers, [tokens, vocabulary], and the answer tokens, [tokens]."""
     ids, mask = left_padded([s.input_ids[: s.prompt_length] for s in samples], runner.contract.pad)
     answers = [s.input_ids[s.prompt_length :] for s in samples]
@@ -237,21 +249,43 @@ def _answer_log_probs(
     following = runner.extend(state, chunk, chunk_mask)
     logits = np.concatenate([state.logits[:, -1:], following.logits[:, :-1]], axis=1)
     real = chunk_mask.astype(bool)
-    scored = logits[real].astype(np.float64)
+    return _log_probs(logits[real]), chunk[real]
+
+
+def _log_probs(logits: Floats) -> npt.NDArray[np.float64]:
+    scored = logits.astype(np.float64)
     scored -= scored.max(axis=-1, keepdims=True)
     scored -= np.log(np.exp(scored).sum(axis=-1, keepdims=True))
-    return scored, chunk[real]
+    return scored
 
 
-def gates_of(report: dict[str, Any], limits: ValidationLimits) -> list[Gate]:
-    """The gates of a validation report."""
+def gates_of(report: dict[str, Any], spec: ValidationSpec) -> list[Gate]:
+    """The gates of a validation report.
+
+    Rounded weights change every logit and some tokens, so distributions are compared in their
+    place; what does not depend on weights is held to the same limits.
+    """
     invariance, lazy, measured = report["batch_invariance"], report["laziness"], report["quality"]
     difference = abs(measured["kl_engine"] - measured["kl_torch"])
+    agreement, limits = report["decisions"]["agreement"], spec.limits
+    if report["weights"] == "float":
+        numbers = [
+            at_least("decision agreement", agreement, limits.decision_agreement),
+            at_most("logits max abs", report["logits"]["max_abs"], limits.logits_max_abs),
+            at_most("logits max rel", report["logits"]["max_rel"], limits.logits_max_rel),
+            at_least("greedy token match", report["tokens"]["match"], limits.token_match),
+        ]
+        most = limits.quality_difference
+    else:
+        rounded: RoundedLimits = getattr(spec, report["weights"])
+        numbers = [
+            at_least("decision agreement", agreement, rounded.decision_agreement),
+            at_most("KL to PyTorch", report["logits"]["kl"], rounded.kl),
+            at_least("next token match", report["tokens"]["next_match"], rounded.next_token_match),
+        ]
+        most = rounded.quality_difference
     return [
-        at_least("decision agreement", report["decisions"]["agreement"], limits.decision_agreement),
-        at_most("logits max abs", report["logits"]["max_abs"], limits.logits_max_abs),
-        at_most("logits max rel", report["logits"]["max_rel"], limits.logits_max_rel),
-        at_least("greedy token match", report["tokens"]["match"], limits.token_match),
+        *numbers,
         at_most(
             "nodes run in skipped branches",
             lazy["skipped_branch_nodes"],
@@ -260,17 +294,17 @@ def gates_of(report: dict[str, Any], limits: ValidationLimits) -> list[Gate]:
         at_least("execute / skip time", lazy["ratio"], limits.laziness_ratio),
         at_most("batch invariance max abs", invariance["max_abs"], limits.batch_invariance_max_abs),
         at_least("batch invariance decisions", float(invariance["decisions_equal"]), 1.0),
-        at_most("KL engine - KL PyTorch", difference, limits.quality_difference),
+        at_most("KL engine - KL PyTorch", difference, most),
     ]
 
 
 def validate_run(
-    run: Run, base: BaseModel, progress: Progress = silent, target: Target = "portable"
+    run: Run, base: BaseModel, progress: Progress = silent, form: Form = PORTABLE
 ) -> dict[str, Any]:
     """Compare an exported run with PyTorch and judge it by the recipe's limits.
 
     Returns:
-        The report, as saved in ``reports/validate.json`` (``validate-<target>.json``); its
+        The report, as saved in ``reports/validate.json`` (``validate-<form>.json``); its
         ``status`` is "passed" or "failed".
 
     Raises:
@@ -282,8 +316,8 @@ def validate_run(
     require_unit(routing_unit(run), "sequence", "an engine")
     spec = recipe.validation
     routers = load_routers(run, base)
-    command, folder = export_command(target), graph_folder(run, target)
-    exported = run.report(report_name("export", target), f"Make it with: {command}")
+    command, folder = form.export_command, form.folder(run)
+    exported = run.report(form.report("export"), f"Make it with: {command}")
     if exported.get("router_sha256") != routers_hash(run):
         raise ArtifactError(
             f"{folder} is an export of other routers than {run.path} now holds.",
@@ -303,6 +337,7 @@ def validate_run(
     report: dict[str, Any] = {
         "status": "",
         "engine": name,
+        "weights": form.weights,
         "gates": [],
         "decisions": {
             "calls": found.calls,
@@ -310,18 +345,23 @@ def validate_run(
             "flips": found.flips,
             "min_margin": found.min_margin,
         },
-        "logits": {"max_abs": found.max_abs, "max_rel": found.max_rel},
+        "logits": {
+            "max_abs": found.max_abs,
+            "max_rel": found.max_rel,
+            "kl": found.kl / found.positions,
+        },
         "tokens": {
             "prompts": found.prompts,
             "steps": spec.steps,
             "match": found.matching / found.prompts,
+            "next_match": found.next_matching / found.positions,
         },
         "laziness": measure_laziness(folder, prompts, progress),
         "batch_invariance": invariance,
         "quality": measured,
     }
-    gates = gates_of(report, spec.limits)
+    gates = gates_of(report, spec)
     report["gates"] = [asdict(gate) for gate in gates]
     report["status"] = "passed" if all(gate.passed for gate in gates) else "failed"
-    run.write_report(report_name("validate", target), report)
+    run.write_report(form.report("validate"), report)
     return report

@@ -25,13 +25,12 @@ from mskip.compressor.artifact import Run, routing_unit
 from mskip.compressor.errors import ArtifactError
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.sublayers import require_unit
-from mskip.exporters.contract import Target
 from mskip.exporters.laziness import filled
 from mskip.exporters.onnx_export import CEILING, DENSE, MODEL, STATIC
 from mskip.exporters.opening import open_runner
 from mskip.exporters.ort_runner import OrtRunner
 from mskip.exporters.runner import Ints, State
-from mskip.exporters.targets import graph_folder, report_name
+from mskip.exporters.targets import PORTABLE, Form
 
 QUICK_BATCHES, QUICK_CONTEXTS, QUICK_REPEATS = [1], [128, 512, 2048], 3
 
@@ -150,7 +149,7 @@ def bench_run(
     contexts: Sequence[int] | None = None,
     repeats: int | None = None,
     progress: Progress = silent,
-    target: Target = "portable",
+    form: Form = PORTABLE,
 ) -> dict[str, Any]:
     """Benchmark an exported run.
 
@@ -177,7 +176,7 @@ def bench_run(
     contexts = list(contexts or (QUICK_CONTEXTS if quick else spec.contexts))
     repeats = repeats or (QUICK_REPEATS if quick else spec.repeats)
     engines = {
-        name: open_runner(graph_folder(run, target), name, threads=spec.threads)
+        name: open_runner(form.folder(run), name, threads=spec.threads)
         for name in (MODEL, DENSE, STATIC, CEILING)
     }
     variants = {
@@ -209,7 +208,7 @@ def bench_run(
         },
         "rows": rows,
     }
-    run.write_report(report_name("bench", target), report)
+    run.write_report(form.report("bench"), report)
     count = len(engines[MODEL].contract.routed_layers)
     run.write_report("costs", costs_of(rows, count, engines[MODEL].name))
     return report

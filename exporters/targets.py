@@ -1,25 +1,62 @@
-"""Where a run keeps the graph of each target, and what is reported about it."""
+"""The forms in which a run's graphs are exported: where each is kept, and how it is called."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from mskip.compressor.artifact import Run
-from mskip.exporters.contract import Target
-
-_FOLDERS: dict[Target, str] = {"portable": "onnx", "ort": "ort"}
-
-
-def graph_folder(run: Run, target: Target) -> Path:
-    """Folder of a target's graphs in a run."""
-    return run.path / _FOLDERS[target]
+from mskip.compressor.errors import MskipError
+from mskip.exporters.contract import Target, Weights
 
 
-def report_name(name: str, target: Target) -> str:
-    """Name of a report about a target's graphs; the portable one's is ``name`` itself."""
-    return name if target == "portable" else f"{name}-{target}"
+@dataclass(frozen=True)
+class Form:
+    """One form of a run's graphs.
+
+    Attributes:
+        target: which operators they use.
+        weights: how the weights of products are stored.
+
+    Raises:
+        MskipError: rounded weights and standard operators.
+    """
+
+    target: Target = "portable"
+    weights: Weights = "float"
+
+    def __post_init__(self) -> None:
+        if self.weights != "float" and self.target == "portable":
+            raise MskipError(
+                f"weights of {self.weights} need ONNX Runtime's own operators.",
+                f"Use: --target ort --weights {self.weights}",
+            )
+
+    @property
+    def name(self) -> str:
+        """Of the folder and in reports: "onnx", "ort", "ort-int8", "ort-int4"."""
+        folder = {"portable": "onnx", "ort": "ort"}[self.target]
+        return folder if self.weights == "float" else f"{folder}-{self.weights}"
+
+    @property
+    def options(self) -> str:
+        """What the command line is told."""
+        target = "" if self.target == "portable" else f" --target {self.target}"
+        return target if self.weights == "float" else f"{target} --weights {self.weights}"
+
+    @property
+    def export_command(self) -> str:
+        """The command that makes the graphs."""
+        return f"mskip export{self.options}"
+
+    def folder(self, run: Run) -> Path:
+        """Where a run keeps the graphs."""
+        return run.path / self.name
+
+    def report(self, name: str) -> str:
+        """Name of a report about the graphs; the default form's is ``name`` itself."""
+        return name if self == PORTABLE else f"{name}-{self.name}"
 
 
-def export_command(target: Target) -> str:
-    """The command that makes a target's graphs."""
-    return "mskip export" if target == "portable" else f"mskip export --target {target}"
+PORTABLE = Form()
+"""What is exported where nothing is said."""

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,10 @@ class Watched(Runner):
         self.decided += state.routing.tolist()
         self.widths.append(state.logits.shape[1])
         return state
+
+    def select(self, state: State, rows: Sequence[int]) -> State:
+        """See `Runner.select`."""
+        return self.inner.select(state, rows)
 
     def kv_bytes(self, state: State) -> int:
         """See `Runner.kv_bytes`."""

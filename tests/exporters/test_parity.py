@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import pytest
 
 from mskip.compressor.artifact import Run
 from mskip.compressor.errors import ArtifactError
-from mskip.compressor.recipe import Recipe, ValidationLimits
+from mskip.compressor.recipe import Recipe, ValidationLimits, ValidationSpec
 from mskip.compressor.samples import run_samples
 from mskip.exporters import laziness, parity
 from mskip.exporters.contract import UNSCORED
@@ -60,6 +60,10 @@ class Faulty(Runner):
         """See `Runner.forward`."""
         self.again = lambda other: self.inner.forward(input_ids, mask, cache, other, tau)
         return self.fault(self, self.inner.forward(input_ids, mask, cache, routing, tau), routing)
+
+    def select(self, state: State, rows: Sequence[int]) -> State:
+        """See `Runner.select`."""
+        return self.inner.select(state, rows)
 
     def kv_bytes(self, state: State) -> int:
         """See `Runner.kv_bytes`."""
@@ -329,9 +333,10 @@ def test_attention_that_always_runs_is_caught(
 # -- gates ------------------------------------------------------------------------------------
 
 GOOD = {
+    "weights": "float",
     "decisions": {"agreement": 1.0},
-    "logits": {"max_abs": 1e-5, "max_rel": 1e-5},
-    "tokens": {"match": 1.0},
+    "logits": {"max_abs": 1e-5, "max_rel": 1e-5, "kl": 1e-9},
+    "tokens": {"match": 1.0, "next_match": 1.0},
     "laziness": {"skipped_branch_nodes": 0, "ratio": 1.5},
     "batch_invariance": {"max_abs": 1e-5, "decisions_equal": True},
     "quality": {"kl_engine": 0.25, "kl_torch": 0.25},
@@ -339,11 +344,12 @@ GOOD = {
 
 
 def failed_gates(report: dict[str, Any], limits: ValidationLimits) -> list[str]:
-    return [gate.name for gate in gates_of(report, limits) if not gate.passed]
+    gates = gates_of(report, ValidationSpec(limits=limits))
+    return [gate.name for gate in gates if not gate.passed]
 
 
 def test_a_good_report_passes_every_gate() -> None:
-    gates = gates_of(GOOD, ValidationLimits())
+    gates = gates_of(GOOD, ValidationSpec())
     assert len(gates) == 9
     assert all(gate.passed for gate in gates)
 
@@ -369,6 +375,31 @@ def test_each_fault_has_its_gate(part: str, key: str, value: Any, gate: str) -> 
     report: dict[str, Any] = copy.deepcopy(GOOD)
     report[part][key] = value
     assert failed_gates(report, ValidationLimits()) == [gate]
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "int8", "int4", "gate"),
+    [
+        ("decisions", "agreement", 0.97, 0.94, "decision agreement"),
+        ("logits", "kl", 0.021, 0.11, "KL to PyTorch"),
+        ("logits", "kl", LARGEST, LARGEST, "KL to PyTorch"),
+        ("tokens", "next_match", 0.94, 0.84, "next token match"),
+        ("quality", "kl_engine", 0.28, 0.36, "KL engine - KL PyTorch"),
+        ("laziness", "skipped_branch_nodes", 1, 1, "nodes run in skipped branches"),
+        ("batch_invariance", "max_abs", 0.0011, 0.0011, "batch invariance max abs"),
+    ],
+)
+def test_rounded_weights_have_gates_of_their_own(
+    part: str, key: str, int8: float, int4: float, gate: str
+) -> None:
+    for weights, value in (("int8", int8), ("int4", int4)):
+        report: dict[str, Any] = copy.deepcopy(GOOD)
+        report["weights"] = weights
+        # What rounding changes by nature has no gate.
+        report["logits"]["max_abs"], report["tokens"]["match"] = 9.0, 0.0
+        assert failed_gates(report, ValidationLimits()) == []
+        report[part][key] = value
+        assert failed_gates(report, ValidationLimits()) == [gate]
 
 
 @pytest.mark.parametrize(
@@ -421,8 +452,8 @@ def test_validation_end_to_end(exported: Exported, free_base: BaseModel) -> None
     # The keys that were promised.
     assert {"status", "gates", "decisions", "logits", "tokens", "laziness"} < report.keys()
     assert {"agreement", "flips", "min_margin"} < report["decisions"].keys()
-    assert report["logits"].keys() == {"max_abs", "max_rel"}
-    assert report["tokens"] == {"prompts": 5, "steps": 4, "match": 1.0}
+    assert report["logits"].keys() == {"max_abs", "max_rel", "kl"}
+    assert report["tokens"] == {"prompts": 5, "steps": 4, "match": 1.0, "next_match": 1.0}
     assert report["decisions"]["calls"] == 15
     assert {"name", "value", "limit", "passed"} < report["gates"][0].keys()
     assert gate(report, "execute / skip time")["limit"] == 0.0

@@ -121,6 +121,10 @@ class Contexts(Runner):
         self.read += [ids[real == 1].tolist() for ids, real in zip(input_ids, mask, strict=True)]
         return self.inner.forward_last(input_ids, mask, *others)
 
+    def select(self, state: State, rows: Sequence[int]) -> State:
+        """See `Runner.select`."""
+        return self.inner.select(state, rows)
+
     def kv_bytes(self, state: State) -> int:
         """See `Runner.kv_bytes`."""
         return self.inner.kv_bytes(state)
@@ -141,6 +145,10 @@ class Parrot(Runner):
         logits[:, :, self.says[said % len(self.says)]] = 1.0
         scores = np.zeros(routing.shape, dtype=np.float32)
         return State(logits, np.ones_like(routing), scores, mask, said)
+
+    def select(self, state: State, rows: Sequence[int]) -> State:
+        """See `Runner.select`."""
+        raise NotImplementedError
 
     def kv_bytes(self, state: State) -> int:
         """See `Runner.kv_bytes`."""
