@@ -16,7 +16,8 @@ class TextStream:
 
     Args:
         decode: token ids to text, without special tokens.
-        stop: strings that end the text; they are not part of it.
+        stop: strings that end the text; they are not part of it. The one that is complete first
+            counts, of several that one token completes the one that begins first.
 
     Attributes:
         tokens: all tokens that were added.

@@ -52,10 +52,11 @@ def made(
 ) -> tuple[BaseModel, Routers, Path]:
     """Model, routers and their export."""
     from mskip.exporters.onnx_export import contract_of, export_onnx
+    from mskip.exporters.targets import Form
 
     base, routers = parts(*request.param, make_tokenizer)
     folder = tmp_path_factory.mktemp("fused")
-    export_onnx(base, routers, contract_of(base, routers, TAU, 20, "ort"), folder, [STATIC])
+    export_onnx(base, routers, contract_of(base, routers, TAU, 20, Form("ort")), folder, [STATIC])
     return base, routers, folder
 
 
@@ -330,8 +331,9 @@ def test_attention_that_cannot_be_chosen_is_refused(
 ) -> None:
     from mskip.compressor.errors import ModelError
     from mskip.exporters.onnx_export import contract_of, export_onnx
+    from mskip.exporters.targets import Form
 
     base, routers = parts("falcon", "attention", make_tokenizer)
-    contract = contract_of(base, routers, TAU, 20, "ort")
+    contract = contract_of(base, routers, TAU, 20, Form("ort"))
     with pytest.raises(ModelError, match="no fused form"):
         export_onnx(base, routers, contract, tmp_path, [STATIC])
