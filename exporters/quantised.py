@@ -27,6 +27,8 @@ INT8_ACTIVATIONS = 4
 BITS: dict[Weights, int] = {"int8": 8, "int4": 4}
 
 Array = npt.NDArray[Any]
+Parts = Callable[[], Sequence[Array]]
+"""Gives packed weights, scales and zero points."""
 
 
 def quantise(matrix: Array, bits: int) -> tuple[Array, Array, Array]:
@@ -69,6 +71,13 @@ def quantise_products(graph: ir.Graph, weights: Weights) -> None:
         ModelError: the model's weights are not float32.
     """
     bits = BITS[weights]
+
+    @lru_cache(maxsize=1)  # the three parts of a matrix are written one after another
+    def parts(source: ir.Value, transposed: bool) -> tuple[Array, Array, Array]:
+        assert source.const_value is not None
+        matrix = source.const_value.numpy()
+        return quantise(matrix.T if transposed else matrix, bits)
+
     for node in list(_products(graph)):
         source, transposed = _matrix(node, graph)
         if source is None or ".compensation." in (source.name or ""):
@@ -83,7 +92,8 @@ def quantise_products(graph: ir.Graph, weights: Weights) -> None:
         outputs, summed = (rows, columns) if transposed else (columns, rows)
         if summed < BLOCK:
             continue
-        rounded = _rounded(graph, source, outputs, summed, bits, transposed=transposed)
+        make = partial(parts, source, transposed)
+        rounded = _rounded(graph, source.name or "", make, outputs, summed, bits)
         sizes = {"K": summed, "N": outputs, "accuracy_level": INT8_ACTIVATIONS}
         _put(node, "MatMulNBits", [node.inputs[0], *rounded], {**sizes, "bits": bits})
         if transposed and summed % BLOCK == 0:
@@ -112,19 +122,11 @@ def _matrix(node: ir.Node, graph: ir.Graph) -> tuple[ir.Value | None, bool]:
 
 
 def _rounded(
-    graph: ir.Graph, source: ir.Value, outputs: int, summed: int, bits: int, *, transposed: bool
+    graph: ir.Graph, source: str, parts: Parts, outputs: int, summed: int, bits: int
 ) -> list[ir.Value]:
     """Packed weights, scales and zero points of a matrix, as initializers."""
-    names = [f"{source.name}.{part}" for part in (f"int{bits}", "scales", "zeros")]
+    names = [f"{source}.{part}" for part in (f"int{bits}", "scales", "zeros")]
     if names[0] not in graph.initializers:
-        tensor = source.const_value
-        assert tensor is not None
-
-        @lru_cache(maxsize=1)  # the three are written one after another
-        def parts() -> tuple[Array, Array, Array]:
-            matrix = tensor.numpy()
-            return quantise(matrix.T if transposed else matrix, bits)
-
         blocks = -(-summed // BLOCK)
         sizes = [
             (outputs, blocks, BLOCK * bits // 8),
@@ -137,7 +139,7 @@ def _rounded(
     return [graph.initializers[name] for name in names]
 
 
-def _nth(parts: Callable[[], Sequence[Array]], number: int) -> Array:
+def _nth(parts: Parts, number: int) -> Array:
     return parts()[number]
 
 
