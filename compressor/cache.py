@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from mskip.compressor.growing import GrowingLayer
 from mskip.compressor.routing import EXECUTE, fresh_decisions
 from mskip.compressor.sublayers import Sublayers, as_sublayers
 
@@ -36,11 +37,11 @@ class ExecutingRows(DynamicLayer):
             self.values = self.values.index_select(0, rows)
 
 
-class RoutedLayer(ExecutingRows):
+class RoutedLayer(ExecutingRows, GrowingLayer):
     """Of full attention: ``keys`` and ``values`` are [executing rows, kv heads, seen, head dim]."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.seen = 0
 
     def update(
@@ -121,8 +122,11 @@ class RoutedCache(DynamicCache):
         self.sublayers = as_sublayers(sublayers)
         self.decisions = None
         self.scores = None
-        for layer in self.sublayers.cached:
-            self.layers[layer] = _routed(self.layers[layer])
+        for number, layer in enumerate(self.layers):
+            if number in self.sublayers.cached:
+                self.layers[number] = _routed(layer)
+            elif type(layer) is DynamicLayer:
+                self.layers[number] = GrowingLayer()
 
     def open(self, batch: int, device: torch.device, routing: Tensor | None = None) -> None:
         """Give the cache its sequences, if it has none yet.

@@ -17,6 +17,7 @@ from mskip.compressor.errors import DataError
 from mskip.compressor.progress import Progress, silent
 from mskip.exporters.answers import AnswerStore
 from mskip.exporters.runner import Floats, Ints, Runner, State, left_padded
+from mskip.exporters.text_stream import TextStream
 
 Ids = tuple[int, ...]
 Decode = Callable[[list[int]], str]
@@ -249,22 +250,22 @@ class Reader:
 
     def _continue(self, rows: Sequence[Wanted]) -> list[list[int]]:
         state = self._prefill([context for context, _, _ in rows])
-        written: list[list[int]] = [[] for _ in rows]
+        written = [TextStream(self.decode, stops) for _, stops, _ in rows]
         running = [most > 0 for _, _, most in rows]
+        held = list(range(len(rows)))  # the state's sequences
         while any(running):
             chosen = state.logits[:, -1].argmax(axis=-1).astype(np.int64)
-            for row, token in enumerate(chosen.tolist()):
+            for row, token in zip(held, chosen.tolist(), strict=True):
                 if running[row] and token not in self.ends:
-                    written[row].append(token)
-                    running[row] = not self._complete(written[row], *rows[row][1:])
+                    written[row].add(token)
+                    room = len(written[row].tokens) < rows[row][2]
+                    running[row] = room and not written[row].stopped
                 else:
                     running[row] = False
-            if any(running):
+            kept = [place for place, row in enumerate(held) if running[row]]
+            if 0 < 2 * len(kept) <= len(held):  # the others would be read for nothing
+                state = self.runner.select(state, kept)
+                held, chosen = [held[place] for place in kept], chosen[kept]
+            if kept:
                 state = self.runner.extend(state, chosen[:, None])
-        return written
-
-    def _complete(self, tokens: list[int], stops: Sequence[str], most: int) -> bool:
-        if len(tokens) >= most:
-            return True
-        text = self.decode(tokens) if stops else ""
-        return any(stop in text for stop in stops)
+        return [stream.tokens for stream in written]
