@@ -16,6 +16,7 @@ from typing import Any
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+from onnx_ir.passes import common
 from torch import Tensor, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
@@ -24,10 +25,12 @@ from mskip.compressor.compensation import low_rank_map
 from mskip.compressor.errors import ModelError
 from mskip.compressor.families import family_of
 from mskip.compressor.router import prompt_mean
+from mskip.compressor.routing import UNDECIDED
 from mskip.compressor.sublayers import Sublayers
 from mskip.exporters.arguments import BATCH, PAST, POSITIONS, Arguments
 from mskip.exporters.contract import Contract, Target
 from mskip.exporters.graph_cache import graph_cache
+from mskip.exporters.tidying import cancel_reshapes
 
 # Folding may compute shapes, never weights: a folded weight is a second copy.
 _FOLD_LIMIT = 4096
@@ -66,6 +69,8 @@ def to_ir(
     assert program is not None
     model: ir.Model = program.model
     onnxscript.optimizer.optimize(model, input_size_limit=_FOLD_LIMIT, output_size_limit=1 << 16)
+    cancel_reshapes(model.graph)
+    common.RemoveUnusedNodesPass()(model)
     return model
 
 
@@ -209,9 +214,20 @@ class _SkipBody(nn.Module):
         return self.skip(hidden, dict(zip(self.names, weights, strict=True)))
 
 
-class _ScoreBody(nn.Module):
-    def forward(self, hidden: Tensor, prompt_mask: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.sigmoid(prompt_mean(hidden, prompt_mask) @ weight + bias)
+class _DecisionBody(nn.Module):
+    def forward(
+        self,
+        hidden: Tensor,
+        prompt_mask: Tensor,
+        routing: Tensor,
+        tau: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> tuple[Tensor, ...]:
+        score = torch.sigmoid(prompt_mean(hidden, prompt_mask) @ weight + bias)
+        # Not `where`: ONNX Runtime has none for booleans.
+        gate = ((routing == UNDECIDED) & (score >= tau)) | (routing > 0)
+        return gate, score, gate.any(), gate.all()
 
 
 def trace_bodies(
@@ -316,15 +332,19 @@ def _trace_skip(
     return to_ir(_SkipBody(model, sublayers, layer), args, shapes, names, contract.opset)
 
 
-def trace_score(model: PreTrainedModel, contract: Contract) -> ir.Model:
-    """The body of the router's score."""
+def trace_decision(model: PreTrainedModel, contract: Contract) -> ir.Model:
+    """The body of a layer's decision: gates and scores, [batch], and whether any, all execute."""
     hidden = model.config.get_text_config().hidden_size
     args = (
         torch.zeros(3, 5, hidden, dtype=model.dtype),
         torch.ones(3, 5, dtype=torch.int64),
+        torch.ones(3, dtype=torch.int64),
+        torch.tensor(0.5),
         torch.zeros(hidden),
         torch.zeros(()),
     )
-    shapes = ({0: _AUTO, 1: _AUTO}, {0: _AUTO, 1: _AUTO}, None, None)
-    names = ["hidden", "prompt_mask", "weight", "bias"]
-    return to_ir(_ScoreBody(), args, shapes, (names, ["score"]), contract.opset)
+    two = {0: _AUTO, 1: _AUTO}
+    inputs = ["hidden", "prompt_mask", "routing", "tau", "weight", "bias"]
+    outputs = ["gate", "score", "some", "every"]
+    shapes = (two, two, {0: _AUTO}, None, None, None)
+    return to_ir(_DecisionBody(), args, shapes, (inputs, outputs), contract.opset)

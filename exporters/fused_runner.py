@@ -38,7 +38,7 @@ class Buffers:
         attended: memory for the graph's mask, batch x capacity int64.
         writes: columns and stamp of each call that wrote to them, in order.
         binding: the runtime's, with all values bound; None before that.
-        made: outputs that the runtime finds memory for.
+        made: keys and values that the runtime finds memory for, since their rows are not known yet.
         bound: names of the outputs in the binding's order.
         counted: 0, 1, ... capacity - 1.
     """
@@ -265,40 +265,49 @@ class FusedRunner(OrtRunner):
         binding = buffers.binding
         for name, array in feeds.items():
             binding.bind_ortvalue_input(name, self._value(array))
+        # Of known sizes, hence in memory of ours: asking the runtime for outputs makes an object of
+        # each, keys and values with them.
+        logits = np.empty((*at.shape, self.contract.vocabulary), dtype=self.contract.dtype)
+        results = {"logits": logits}
+        if self.contract.routed_layers:
+            results["routing_out"] = np.empty(routing.shape, dtype=np.int64)
+            results["routing_scores"] = np.empty(routing.shape, dtype=np.float32)
+        for name, array in results.items():
+            binding.bind_ortvalue_output(name, self._value(array))
         for name in buffers.made:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
-        results = dict(zip(buffers.bound, binding.get_outputs(), strict=True))
+        present = {}
+        if buffers.made:
+            present = dict(zip(buffers.bound, binding.get_outputs(), strict=True))
         stamp = next(_STAMPS)
         place = Place(buffers, lengths, stamp)
         buffers.writes.append((place.columns, stamp))
-        logits = results["logits"].numpy().astype(np.float32, copy=False)
+        decided, scores = routing, np.zeros(routing.shape, dtype=np.float32)
         if self.contract.routed_layers:
-            decided = results["routing_out"].numpy()
-            scores = results["routing_scores"].numpy().copy()
+            decided, scores = results["routing_out"], results["routing_scores"]
             scores[(routing != UNDECIDED) | (scores == UNSCORED)] = np.nan
-        else:
-            decided, scores = routing, np.zeros(routing.shape, dtype=np.float32)
-        return State(logits, decided, scores, mask, place), results
+        logits = logits.astype(np.float32, copy=False)
+        return State(logits, decided, scores, mask, place), present
 
     def _bind(self, buffers: Buffers, batch: int) -> None:
         """Bind keys and values; the rest changes with every call."""
         binding = self.session.io_binding()
-        buffers.bound = []
+        # Outputs come in the order in which they were bound first.
+        buffers.bound, buffers.made = [], []
         for layer in self.contract.cached_layers:
             for part in ("key", "value"):
                 name, output = _past(layer, part), f"present.{layer}.{part}"
                 given = buffers.values.get(name)
                 if given is None:
                     given = self._nothing(batch)
+                    buffers.made.append(output)
                 else:
                     binding.bind_ortvalue_output(output, given)
                     buffers.bound.append(output)
                 binding.bind_ortvalue_input(name, given)
-        given_to = set(buffers.bound)
-        buffers.made = [name for name in self._outputs if name not in given_to]
-        # Outputs come in the order in which they were bound first.
-        buffers.bound += buffers.made
+        others = [name for name in self._outputs if not name.startswith("present.")]
+        buffers.bound += [*others, *buffers.made]
         buffers.binding = binding
 
     def _check(self, place: Place) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mskip.compressor.families import family_of
 from mskip.compressor.patching import passing, patched
-from mskip.compressor.routing import UNDECIDED, Call
+from mskip.compressor.routing import Call
 from mskip.compressor.sublayers import Granularity, Sublayers
 from mskip.exporters.arguments import BATCH, PAST, POSITIONS, Arguments, tensors_of
 from mskip.exporters.bodies import to_ir, traits
@@ -26,7 +26,7 @@ from mskip.exporters.graph_cache import GraphCache, graph_cache
 DOMAIN = "mskip"
 LAYER = "Layer"
 SUBLAYER = "RoutedSublayer"
-SCORE = "RouterScore"
+DECISION = "RouterDecision"
 
 _AUTO = Dim.DYNAMIC
 
@@ -53,11 +53,15 @@ class RoutedInputs:
 
     def tensors(self) -> list[Tensor]:
         """In the order of a body's inputs."""
-        return [self.undecided, self.prompt_mask, self.routing, self.tau, self.weight, self.bias]
+        return [self.undecided, *self.deciding()]
+
+    def deciding(self) -> list[Tensor]:
+        """What the decision is taken from, beside the hidden state."""
+        return [self.prompt_mask, self.routing, self.tau, self.weight, self.bias]
 
 
 class _PlacingPass:
-    """Scores, decides, and leaves a placeholder for the sublayer."""
+    """Leaves a placeholder for the decision and one for the sublayer."""
 
     def __init__(
         self, given: RoutedInputs, cache: GraphCache, layer: int, granularity: Granularity,
@@ -71,17 +75,15 @@ class _PlacingPass:
 
     def __call__(self, call: Call) -> Tensor:
         given, hidden = self.given, call.hidden
-        self.score = torch.onnx.ops.symbolic(
-            f"{DOMAIN}::{SCORE}",
-            (given.undecided, hidden, given.prompt_mask, given.weight, given.bias),
-            {},
-            dtype=torch.float32,
-            shape=(hidden.shape[0],),
+        rows = (hidden.shape[0],)
+        self.gate, self.score, self.some, self.every = torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{DECISION}",
+            (given.undecided, hidden, *given.deciding()),
+            {"layer": self.layer},
+            dtypes=(torch.bool, torch.float32, torch.bool, torch.bool),
+            shapes=(rows, rows, (), ()),
             version=1,
         )
-        taken = self.score >= given.tau
-        # Not `where`: ONNX Runtime has none for booleans.
-        self.gate = ((given.routing == UNDECIDED) & taken) | (given.routing > 0)
         return self._placeholder(call)
 
     def _placeholder(self, call: Call) -> Tensor:
@@ -91,7 +93,7 @@ class _PlacingPass:
         if self.granularity == "mlp":
             return torch.onnx.ops.symbolic(
                 name,
-                (self.gate, hidden),
+                (self.gate, self.some, self.every, hidden),
                 attributes,
                 dtype=hidden.dtype,
                 shape=hidden.shape,
@@ -103,7 +105,7 @@ class _PlacingPass:
         present = (past_key.shape[0], heads, self.cache.length + hidden.shape[1], dim)
         output, key, value = torch.onnx.ops.symbolic_multi_out(
             name,
-            (self.gate, hidden, *place, past_key, past_value),
+            (self.gate, self.some, self.every, hidden, *place, past_key, past_value),
             attributes,
             dtypes=(hidden.dtype, past_key.dtype, past_value.dtype),
             shapes=(hidden.shape, present, present),

@@ -1,15 +1,17 @@
 """From traced parts to a graph: routed with conditionals, dense, or static.
 
-A routed sublayer becomes ``If(any gate)``: the then-branch picks the executing
-rows, runs the body on them and scatters the result; the else-branch gives
-what a skip gives (zeros, of a block its input, or the compensation) and an
-empty cache, touching neither the sublayer's weights nor its keys. Weights stay
-initializers of the main graph, which every branch reads.
+A routed sublayer becomes ``If(all gates)``. Its then-branch is the body as it is; its else-branch
+is ``If(any gate)``: the executing rows picked, the body run on them and the result scattered among
+what a skip gives, or what a skip gives alone (zeros, of a block its input, or the compensation) and
+an empty cache, touching neither the sublayer's weights nor its keys. Weights stay initializers of
+the main graph, which every branch reads. Where no decision of a call is open, the gates are looked
+up in what the input says of all layers, and no layer computes anything for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -22,10 +24,20 @@ from mskip.compressor.sublayers import Granularity
 from mskip.exporters.bodies import Body
 from mskip.exporters.contract import UNSCORED, Contract
 from mskip.exporters.fused import MICROSOFT
-from mskip.exporters.layers import DOMAIN, SCORE, SUBLAYER
+from mskip.exporters.layers import DECISION, DOMAIN, SUBLAYER
 from mskip.exporters.quantised import quantise_products
 from mskip.exporters.splicing import DTYPES, bound, initializer, moved, renamed, substitute
+from mskip.exporters.tidying import (
+    before_branch,
+    fuse_sums_with_norms,
+    into_branch,
+    unname_unwanted,
+)
 from mskip.exporters.tracing import Traced
+
+_SMALL = 16
+"""Elements of a constant that says what a node does, such as the bounds of a slice."""
+_BOOLEAN = {"to": ir.DataType.BOOL}
 
 Weights = Callable[[int], dict[str, Tensor]]
 """Decoder layer -> what its body reads, by name; see `body_weights`."""
@@ -39,14 +51,16 @@ def branch_prefix(layer: int, granularity: Granularity = "attention") -> str:
 def routed_graph(traced: Traced, weights: Weights, contract: Contract) -> ir.Model:
     """The conditional graph."""
     builder = _Builder(traced, weights)
-    for node in builder.placeholders(SCORE):
-        builder.conditional_score(node)
+    known = builder.known_decisions()
+    for node in builder.placeholders(DECISION):
+        builder.conditional_decision(node, known)
     for node in builder.placeholders(SUBLAYER):
         builder.conditional_sublayer(node)
-    tau = next(value for value in builder.graph.inputs if value.name == "tau")
+    model = builder.finish(contract)
+    tau = next(value for value in model.graph.inputs if value.name == "tau")
     tau.const_value = ir.tensor(np.array(contract.tau, dtype=np.float32), name="tau")
-    builder.graph.initializers["tau"] = tau
-    return builder.finish(contract)
+    model.graph.initializers["tau"] = tau
+    return model
 
 
 def static_graph(traced: Traced, weights: Weights, contract: Contract) -> ir.Model:
@@ -68,6 +82,16 @@ def _layer(node: ir.Node) -> int:
     return node.attributes["layer"].as_int()
 
 
+class Known(NamedTuple):
+    """Decisions that were handed in: gates [batch, routed], scores [batch] that say that none was
+    taken, and whether any row, every row executes, [routed]."""
+
+    gates: ir.Value
+    scores: ir.Value
+    some: ir.Value
+    every: ir.Value
+
+
 class _Builder:
     def __init__(self, traced: Traced, weights: Weights) -> None:
         self.traced = traced
@@ -82,38 +106,72 @@ class _Builder:
 
     # -- placeholders to nodes --
 
-    def conditional_score(self, node: ir.Node) -> None:
-        undecided, hidden, mask, weight, bias = _inputs(node)
-        then = bound(self.traced.score, [hidden, mask, weight, bias], f"{node.name}/")
+    def known_decisions(self) -> Known:
+        """What the graph's input says of all layers, for calls without an open decision."""
+        routing = next(value for value in self.graph.inputs if value.name == "routing")
+        top = tape.Tape()
+        gates = top.op("Greater", [routing, _constant(top, np.array(0, dtype=np.int64))])
+        whole = top.op("Cast", [gates], attributes={"to": ir.DataType.INT32})
+        rows = _constant(top, np.array([0], dtype=np.int64))
+        some, every = (
+            top.op("Cast", [top.op(kind, [whole, rows], {"keepdims": 0})], _BOOLEAN)
+            for kind in ("ReduceMax", "ReduceMin")
+        )
+        batch = top.op("Shape", [routing], attributes={"start": 0, "end": 1})
+        scores = top.op("Expand", [_constant(top, np.float32(UNSCORED)), batch])
+        for number, made in enumerate(top.nodes):
+            made.name = f"known/{number}"
+        self.graph.insert_before(self.graph[0], list(top.nodes))
+        return Known(gates, scores, some, every)
+
+    def conditional_decision(self, node: ir.Node, known: Known) -> None:
+        """``If(any decision of the call is open)``: take the layer's, or look it up."""
+        index = self.traced.contract.routed_layers.index(_layer(node))
+        undecided, *given = _inputs(node)
+        then = bound(self.traced.decision, given, f"{node.name}/")
         otherwise = tape.Tape()
-        shape = otherwise.op("Shape", [mask], attributes={"start": 0, "end": 1})
-        score = otherwise.op("Expand", [_constant(otherwise, np.float32(UNSCORED)), shape])
-        self._replace(node, undecided, then, _graph(otherwise, [score], "unscored"))
+        at = _constant(otherwise, np.array(index, dtype=np.int64))
+        looked_up = [
+            otherwise.op("Gather", [known.gates, at], attributes={"axis": 1}),
+            otherwise.op("Identity", [known.scores]),
+            otherwise.op("Gather", [known.some, at]),
+            otherwise.op("Gather", [known.every, at]),
+        ]
+        decided = _graph(otherwise, looked_up, f"{node.name}/known/")
+        branches = _if(undecided, then, decided, f"if.{node.name}")
+        self.graph.insert_before(node, branches)
+        substitute(self.graph, node, list(branches.outputs))
+        into_branch(then, given[1:])
 
     def conditional_sublayer(self, node: ir.Node) -> None:
         layer = _layer(node)
         body = self.traced.bodies[layer]
-        gate, hidden, *place = _inputs(node)
+        gate, anyone, everyone, hidden, *place = _inputs(node)
         if self.granularity == "mlp":
             place, past = [], []
         else:
             place, past = place[:-2], place[-2:]
         weights = self._weights(layer)
-        then = self._executed(layer, body, gate, hidden, place, past, weights)
-        otherwise = self._skip(layer, body, hidden, place, past, weights)
+        prefix = branch_prefix(layer, self.granularity)
+        some = self._picked(f"{prefix}some/", body, gate, hidden, place, past, weights)
+        none = self._skip(layer, body, hidden, place, past, weights)
+        # Neither `If` is named like the branches' nodes: they run whatever is skipped.
+        name = f"if.{prefix.rstrip('/')}"
+        branches = _if(anyone, some, none, f"{name}.any")
+        if self.traced.contract.weights == "float":
+            every = bound(body.execute, [hidden, *place, *past, *weights], f"{prefix}all/")
+            self.graph.insert_before(node, before_branch(every, place, self.graph))
+            around = ir.Graph([], list(branches.outputs), nodes=[branches], name=f"{prefix}not_all")
+            branches = _if(everyone, every, around, name)
+        # Else the rows are always picked: ONNX Runtime packs weights in the branches of the main
+        # graph, not in theirs, and its products of rounded weights are slower without, and round
+        # otherwise, so that a row would depend on the others in its batch.
+        self.graph.insert_before(node, branches)
+        substitute(self.graph, node, list(branches.outputs))
 
-        top = tape.Tape()
-        whole = top.op("Cast", [gate], attributes={"to": ir.DataType.INT32})
-        anyone = top.op("ReduceMax", [whole], attributes={"keepdims": 0})
-        condition = top.op("Cast", [anyone], attributes={"to": ir.DataType.BOOL})
-        for number, made in enumerate(top.nodes):
-            made.name = f"layers.{layer}.condition/{number}"
-        self.graph.insert_before(node, list(top.nodes))
-        self._replace(node, condition, then, otherwise)
-
-    def _executed(
+    def _picked(
         self,
-        layer: int,
+        prefix: str,
         body: Body,
         gate: ir.Value,
         hidden: ir.Value,
@@ -121,8 +179,7 @@ class _Builder:
         past: list[ir.Value],
         weights: list[ir.Value],
     ) -> ir.Graph:
-        """The then-branch: the body on the executing rows, put among what a skip gives."""
-        prefix = branch_prefix(layer, self.granularity)
+        """The body on the executing rows, put among what a skip gives."""
         before = tape.Tape()
         rows = _numbers(before, gate)
 
@@ -203,7 +260,7 @@ class _Builder:
 
     def inline_sublayer(self, node: ir.Node) -> None:
         layer = _layer(node)
-        _, *arguments = _inputs(node)
+        _, _, _, *arguments = _inputs(node)
         body = bound(
             self.traced.bodies[layer].execute,
             [*arguments, *self._weights(layer)],
@@ -216,7 +273,7 @@ class _Builder:
     def remove_sublayer(self, node: ir.Node) -> None:
         (output, *_) = node.outputs
         if self.granularity == "block":
-            passed = node.inputs[1]
+            passed = node.inputs[3]
             assert passed is not None
             ir.convenience.replace_all_uses_with(output, passed)
         self._drop_addend(output)
@@ -251,20 +308,6 @@ class _Builder:
                 self.graph.register_initializer(initializer(full, parameter))
             values.append(self.graph.initializers[full])
         return values
-
-    def _replace(
-        self, node: ir.Node, condition: ir.Value, then: ir.Graph, otherwise: ir.Graph
-    ) -> None:
-        branches = ir.node(
-            "If",
-            [condition],
-            attributes={"then_branch": then, "else_branch": otherwise},
-            num_outputs=len(node.outputs),
-            # Not inside the branch's prefix: the If itself always runs.
-            name=f"if.{(then.name or '').rstrip('/')}",
-        )
-        self.graph.insert_before(node, branches)
-        substitute(self.graph, node, list(branches.outputs))
 
     def keep_interface(self, contract: Contract) -> None:
         """Drop inputs and outputs that the contract does not have, and what only they needed."""
@@ -301,8 +344,13 @@ class _Builder:
             quantise_products(self.graph, contract.weights)
         _share_tied_head(self.graph)
         _fold_transposes(self.graph)
+        # What every layer computes from the same tables, once; their constants have to be one.
+        common.DeduplicateInitializersPass(size_limit=_SMALL)(self.model)
+        common.CommonSubexpressionEliminationPass()(self.model)
+        if contract.target == "ort":
+            fuse_sums_with_norms(self.graph)
         common.RemoveUnusedNodesPass()(self.model)
-        for name in [n for n, v in self.graph.initializers.items() if not v.uses() and n != "tau"]:
+        for name in [n for n, v in self.graph.initializers.items() if not v.uses()]:
             self.graph.initializers.pop(name)
         _strip_shapes(self.graph)
         axes = {spec.name: spec.axes for spec in (*contract.inputs(), *contract.outputs())}
@@ -315,6 +363,7 @@ class _Builder:
         self.model.opset_imports.pop(DOMAIN, None)
         common.TopologicalSortPass()(self.model)
         common.NameFixPass()(self.model)
+        unname_unwanted(self.graph)
         # The trace's notes are larger than the graph, and hold paths of this machine.
         common.ClearMetadataAndDocStringPass()(self.model)
         self.model.producer_name, self.model.producer_version = "mskip", mskip.__version__
@@ -339,6 +388,12 @@ def _numbers(into: tape.Tape, gate: ir.Value) -> ir.Value:
     """The rows where ``gate`` [batch] is open, [n] int64."""
     zero = _constant(into, np.array([0], dtype=np.int64))
     return into.op("Squeeze", [into.op("NonZero", [gate]), zero])
+
+
+def _if(condition: ir.Value, then: ir.Graph, otherwise: ir.Graph, name: str) -> ir.Node:
+    branches = {"then_branch": then, "else_branch": otherwise}
+    made = [ir.Value(name=f"{name}.{number}") for number in range(len(then.outputs))]
+    return ir.node("If", [condition], branches, outputs=made, name=name)
 
 
 def _graph(from_: tape.Tape, outputs: list[ir.Value], name: str) -> ir.Graph:

@@ -3,7 +3,7 @@
 The model is traced with every decoder layer replaced by a placeholder node (the *trunk*:
 embedding, masks, rotary tables, final norm, head). A layer is traced by itself with its
 weights as inputs and serves every layer of its kind; it leaves placeholders for what is
-routed in it. The sublayers and the router's score are bodies too. Lowering puts the parts
+routed in it. The sublayers and the router's decision are bodies too. Lowering puts the parts
 together: the same trace gives the routed, the dense and the static graph.
 """
 
@@ -31,7 +31,7 @@ from mskip.exporters.arguments import (
     sublayer_arguments,
     tensors_of,
 )
-from mskip.exporters.bodies import Body, to_ir, trace_bodies, trace_score
+from mskip.exporters.bodies import Body, to_ir, trace_bodies, trace_decision
 from mskip.exporters.contract import Contract, Target
 from mskip.exporters.experts import NAME
 from mskip.exporters.fused import fused_forms
@@ -47,16 +47,16 @@ class Traced:
     """Parts of the graph.
 
     Attributes:
-        trunk: the whole model with placeholders for sublayers and scores; its weights are
+        trunk: the whole model with placeholders for sublayers and decisions; its weights are
             read from the model when they are written.
         bodies: what runs at a placeholder, by the decoder layer.
-        score: body of the router's score.
+        decision: body of a router's decision.
         contract: names and axes.
     """
 
     trunk: ir.Model
     bodies: dict[int, Body]
-    score: ir.Model
+    decision: ir.Model
     contract: Contract
 
 
@@ -213,7 +213,7 @@ def trace(model: PreTrainedModel, routers: Routers, contract: Contract) -> Trace
         bodies = trace_bodies(model, sublayers, contract, inner)
         trunk = _trace_trunk(model, routers, contract, next(iter(given.values())).cache)
     _inline_layers(trunk, layers, model)
-    return Traced(trunk, bodies, trace_score(model, contract), contract)
+    return Traced(trunk, bodies, trace_decision(model, contract), contract)
 
 
 def _caches(model: PreTrainedModel, routers: Routers, contract: Contract) -> Caches:

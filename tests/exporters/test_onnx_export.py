@@ -65,12 +65,19 @@ def every_node(graph: GraphProto) -> Iterator[NodeProto]:
 
 
 def attention_ifs(graph: GraphProto) -> dict[int, dict[str, GraphProto]]:
-    """Branches of each routed attention, by layer."""
-    return {
-        int(node.name.split(".")[2]): branches(node)
-        for node in graph.node
-        if node.op_type == "If" and node.name.endswith(".attention")
-    }
+    """What each routed attention is where every row executes, some rows do, none does, by layer."""
+    found = {}
+    for node in graph.node:
+        if node.op_type == "If" and node.name.endswith(".attention"):
+            outer = branches(node)
+            (inner,) = outer["else_branch"].node
+            sides = branches(inner)
+            found[int(node.name.split(".")[2])] = {
+                "every": outer["then_branch"],
+                "some": sides["then_branch"],
+                "none": sides["else_branch"],
+            }
+    return found
 
 
 def location(tensor: TensorProto) -> tuple[str, int, int]:
@@ -185,15 +192,16 @@ def test_attention_runs_only_inside_its_then_branch(export: Exported) -> None:
     graph = load(export.folder).graph
     dense = export.contract.layers - len(export.contract.routed_layers)
     assert sum(node.op_type == "Softmax" for node in graph.node) == dense
-    for layer, branch in attention_ifs(graph).items():
-        operators = Counter(node.op_type for node in every_node(branch["then_branch"]))
-        assert operators["Softmax"] == 1
-        assert operators["MatMul"] == 6  # q, k, v, scores, values, o
+    for layer, sides in attention_ifs(graph).items():
+        for side in ("every", "some"):
+            operators = Counter(node.op_type for node in every_node(sides[side]))
+            assert operators["Softmax"] == 1
+            assert operators["MatMul"] == 6  # q, k, v, scores, values, o
         weights = f"layers.{layer}.attention."
         readers = [
             node.name for node in every_node(graph) if any(weights in name for name in node.input)
         ]
-        assert len(readers) == 4
+        assert len(readers) == 2 * 4
         assert all(name.startswith(f"layers.{layer}.attention/") for name in readers)
         # Keys and values of a routed layer are not touched outside either.
         past = f"past_key_values.{layer}."
@@ -203,9 +211,28 @@ def test_attention_runs_only_inside_its_then_branch(export: Exported) -> None:
         assert set(outside) <= {"Shape"}
 
 
+def test_rows_that_all_execute_are_not_picked(export: Exported) -> None:
+    for sides in attention_ifs(load(export.folder).graph).values():
+        kinds = {name: {node.op_type for node in every_node(side)} for name, side in sides.items()}
+        picking = {"NonZero", "Gather", "ScatterND"}
+        assert not picking & kinds["every"]
+        assert picking <= kinds["some"]
+
+
+def test_a_decided_call_only_looks_its_decisions_up(export: Exported) -> None:
+    graph = load(export.folder).graph
+    decisions = [n for n in graph.node if n.op_type == "If" and "Decision" in n.name]
+    assert len(decisions) == len(export.contract.routed_layers)
+    for node in decisions:
+        known = Counter(each.op_type for each in branches(node)["else_branch"].node)
+        assert set(known) <= {"Gather", "Identity", "Constant"}
+        # What the decision is taken from is fetched where it is taken.
+        assert "Gather" in {each.op_type for each in branches(node)["then_branch"].node}
+
+
 def test_the_skipped_side_only_looks_at_shapes(export: Exported) -> None:
-    for branch in attention_ifs(load(export.folder).graph).values():
-        nodes = list(branch["else_branch"].node)
+    for sides in attention_ifs(load(export.folder).graph).values():
+        nodes = list(sides["none"].node)
         made = {name for node in nodes for name in node.output}
         assert {node.op_type for node in nodes} <= {
             "Constant", "Shape", "Concat", "Expand", "ConstantOfShape", "Identity",

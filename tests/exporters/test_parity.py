@@ -20,7 +20,7 @@ from mskip.compressor.recipe import Recipe, ValidationLimits, ValidationSpec
 from mskip.compressor.samples import run_samples
 from mskip.exporters import laziness, parity
 from mskip.exporters.contract import UNSCORED
-from mskip.exporters.layers import SCORE, SUBLAYER
+from mskip.exporters.layers import DECISION, SUBLAYER
 from mskip.exporters.laziness import branch_nodes, filled, measure_laziness
 from mskip.exporters.lowering import _Builder, branch_prefix
 from mskip.exporters.onnx_export import CONTRACT, DATA, MODEL
@@ -311,8 +311,9 @@ def test_attention_that_always_runs_is_caught(
     builder = _Builder(
         exported.traced, lambda layer: dict(model.layers[layer].self_attn.named_parameters())
     )
-    for node in builder.placeholders(SCORE):
-        builder.conditional_score(node)
+    known = builder.known_decisions()
+    for node in builder.placeholders(DECISION):
+        builder.conditional_decision(node, known)
     for node in builder.placeholders(SUBLAYER):
         builder.inline_sublayer(node)
     graph = builder.finish(exported.contract)
