@@ -273,6 +273,10 @@ def bench(
     repeats: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Timed rounds; likewise.")
     ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Instead show where the time goes, by kind of node."),
+    ] = False,
     target: GraphTarget = Target.portable,
     weights: GraphWeights = Weights.float,
     as_json: AsJson = False,
@@ -280,10 +284,16 @@ def bench(
     """Time dense, routed, all-execute, all-skip and static engines, interleaved."""
     batches, contexts = _counts(batch, "--batch"), _counts(context, "--context")
     from mskip.compressor.artifact import open_run
+    from mskip.exporters.kernels import profile_run
     from mskip.exporters.speed import bench_run
     from mskip.exporters.targets import Form
 
     opened, form = open_run(run), Form(target.value, weights.value)
+    if profile:
+        with console.progress() as progress:
+            report = profile_run(opened, form, contexts[0] if contexts else None, progress)
+        console.emit(report, as_json, tables.profiled)
+        return
     with console.progress() as progress:
         report = bench_run(
             opened,

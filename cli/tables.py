@@ -240,6 +240,31 @@ def benched(report: dict[str, Any]) -> None:
         say(f"{machine['cpu']}, {machine['cores']} cores, {machine['onnxruntime']}", DIM)
 
 
+def profiled(report: dict[str, Any], most: int = 12) -> None:
+    """A table a phase: ms by kind of node."""
+    variants = ("dense", "execute", "skip")
+    for phase, unit in (("prefill", "ms"), ("decode", "ms a token")):
+        found = [row for row in report["rows"] if row["phase"] == phase]
+        rows = [
+            [row["kind"], *(f"{row[f'{name}_ms']:.2f}" for name in variants),
+             *(str(row[f"{name}_nodes"]) for name in variants)]
+            for row in found[:most]
+        ]  # fmt: skip
+        for label, some in (("others", found[most:]), ("all", found)):
+            times = (f"{sum(row[f'{name}_ms'] for row in some):.2f}" for name in variants)
+            nodes = (str(sum(row[f"{name}_nodes"] for row in some)) for name in variants)
+            rows.append([label, *times, *nodes])
+        headings = [">dense", ">execute", ">skip", ">nodes:\ndense", ">exe-\ncute", ">skip"]
+        title = f"{phase.capitalize()}, {unit}, context {report['context']}"
+        table(title, ["kind of node", *headings], rows)
+    say()
+    say(
+        "means of profiled calls; profiling itself costs some microseconds a node. A conditional's "
+        "time is without its branch's.",
+        DIM,
+    )
+
+
 def evaluated(report: dict[str, Any]) -> None:
     """Quality of the methods side by side."""
     rows = [

@@ -187,7 +187,7 @@ def bench_run(
         "static": Variant(engines[STATIC]),
         "ceiling": Variant(engines[CEILING]),
     }
-    prompts = _text(run)
+    prompts = sample_text(run)
     rows: list[dict[str, Any]] = []
     cases = [(batch, context) for batch in batches for context in contexts]
     for done, (batch, context) in enumerate(cases):
@@ -233,7 +233,12 @@ def costs_of(rows: list[dict[str, Any]], routed: int, engine: str) -> dict[str, 
     return {"engine": engine, **{name: row[name] for name in names}, "per_sublayer_ms": each}
 
 
-def _text(run: Run) -> list[list[int]]:
+def sample_text(run: Run) -> list[list[int]]:
+    """Prompts and answers that the run was made with, as token ids.
+
+    Raises:
+        ArtifactError: it has none.
+    """
     import json
 
     path = run.path / "samples.jsonl"

@@ -43,6 +43,7 @@ def test_the_commands_in_a_row(mskip, tiny_folder):
     assert "conditional attentions" in done("export", "--target", "ort")
     assert "validation passed" in done("validate", "--target", "ort")
     assert "Prefill" in done("bench", "--target", "ort")
+    assert "SkipSimplified" in done("bench", "--target", "ort", "--profile", "--context", "8")
     for graph in ("onnx", "ort"):
         assert (run / graph / "model.onnx").is_file()
     for name in ("export", "validate", "bench"):

@@ -93,11 +93,11 @@ def test_rows_are_complete_and_consistent(bench: dict[str, Any]) -> None:
 def test_both_phases_of_a_case_have_its_capacity(bench: dict[str, Any], exported: Exported) -> None:
     from mskip.exporters.laziness import filled
     from mskip.exporters.ort_runner import OrtRunner
-    from mskip.exporters.speed import _text
+    from mskip.exporters.speed import sample_text
 
     engine = OrtRunner(exported.folder, threads=1)
     for row in bench["rows"]:
-        ids = filled(_text(exported.run), row["context"], row["batch"])
+        ids = filled(sample_text(exported.run), row["context"], row["batch"])
         assert row["capacity"] == pytest.approx(engine.prefill(ids).routing.mean())
 
 
