@@ -52,7 +52,7 @@ BASE = "onnxruntime-genai"
 
 def ours(run: Run, form: Form, threads: int | None) -> Prefill:
     """Our dense graph."""
-    engine = open_runner(form.folder(run), DENSE, threads=threads)
+    engine = open_runner(form.exported(run), DENSE, threads=threads)
 
     def prefill(ids: Ints) -> tuple[Floats, Step]:
         state = engine.prefill(ids, last_only=True)

@@ -37,7 +37,7 @@ def opened_engine(
         from mskip.compressor.models import load_tokenizer
         from mskip.exporters.opening import open_runner
 
-        folder = form.folder(run)
+        folder = form.exported(run)
         with console.progress() as progress:
             progress("load engine", 0, 1)
             engine = open_runner(folder)

@@ -128,6 +128,11 @@ def generate(
     live = not as_json and console.main_process()
     form = Form(target.value, weights.value)
     by = engine or _default_engine(opened, form)
+    if by is Engine.torch and form.options:
+        raise RecipeError(
+            f"PyTorch runs no exported graph, and was asked for{form.options}.",
+            "Leave out --engine torch, or the options of the graph.",
+        )
     with generation.opened_engine(opened, by, form) as (runner, tokenizer):
         ids = generation.prompt_ids(prompt, tokenizer)
         text, tokens, times = "", list[int](), [time.monotonic()]

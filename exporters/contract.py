@@ -18,6 +18,8 @@ from mskip.compressor.files import read_json, write_json
 from mskip.compressor.sublayers import Granularity
 
 FORMAT = 4
+CONTRACT = "contract.json"
+"""File of the routed graph's contract in an export."""
 UNSCORED = -1.0
 """Value in ``routing_scores`` where no score was computed (nothing was undecided)."""
 

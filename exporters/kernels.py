@@ -88,14 +88,13 @@ def profile_run(
     """
     spec = run.recipe().bench
     context = context or spec.contexts[0]
+    folder = form.exported(run)
     ids = filled(sample_text(run), context)
     found: dict[str, dict[str, tuple[Counter[str], Counter[str]]]] = {}
     for done, (name, (file, decision)) in enumerate(VARIANTS.items()):
         progress("profile", done, len(VARIANTS), name)
         with tempfile.TemporaryDirectory() as scratch:
-            engine = open_runner(
-                form.folder(run), file, threads=spec.threads, profile=Path(scratch) / "ort"
-            )
+            engine = open_runner(folder, file, threads=spec.threads, profile=Path(scratch) / "ort")
             routed = len(engine.contract.routed_layers)
             routing = None
             if decision is not None:

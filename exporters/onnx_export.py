@@ -29,7 +29,7 @@ from mskip.compressor.progress import Progress, silent
 from mskip.compressor.router import Routers
 from mskip.compressor.sublayers import require_unit
 from mskip.exporters.bodies import body_weights
-from mskip.exporters.contract import Contract
+from mskip.exporters.contract import CONTRACT, Contract
 from mskip.exporters.fused import OPSET as FUSED_OPSET
 from mskip.exporters.lowering import routed_graph, static_graph
 from mskip.exporters.targets import PORTABLE, Form
@@ -37,7 +37,6 @@ from mskip.exporters.tracing import trace
 
 MODEL, DENSE, STATIC, CEILING = "model.onnx", "dense.onnx", "static.onnx", "ceiling.onnx"
 DATA = "model.onnx.data"
-CONTRACT = "contract.json"
 
 
 def contract_of(

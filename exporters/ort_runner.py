@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from mskip.compressor.errors import ArtifactError, MissingExtraError
-from mskip.exporters.contract import UNSCORED, read_contract
-from mskip.exporters.onnx_export import CONTRACT, MODEL
+from mskip.exporters.contract import CONTRACT, UNSCORED, read_contract
+from mskip.exporters.onnx_export import MODEL
 from mskip.exporters.runner import Floats, Ints, Runner, State, positions, selected
 
 

@@ -175,8 +175,9 @@ def bench_run(
     batches = list(batches or (QUICK_BATCHES if quick else spec.batches))
     contexts = list(contexts or (QUICK_CONTEXTS if quick else spec.contexts))
     repeats = repeats or (QUICK_REPEATS if quick else spec.repeats)
+    folder = form.exported(run)
     engines = {
-        name: open_runner(form.folder(run), name, threads=spec.threads)
+        name: open_runner(folder, name, threads=spec.threads)
         for name in (MODEL, DENSE, STATIC, CEILING)
     }
     variants = {

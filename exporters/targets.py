@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mskip.compressor.artifact import Run
-from mskip.compressor.errors import MskipError
-from mskip.exporters.contract import Target, Weights
+from mskip.compressor.errors import ArtifactError, MskipError
+from mskip.exporters.contract import CONTRACT, Target, Weights
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,17 @@ class Form:
     def folder(self, run: Run) -> Path:
         """Where a run keeps the graphs."""
         return run.path / self.name
+
+    def exported(self, run: Run) -> Path:
+        """The folder of the graphs, which are there.
+
+        Raises:
+            ArtifactError: the run was not exported in this form.
+        """
+        folder = self.folder(run)
+        if not (folder / CONTRACT).is_file():
+            raise ArtifactError(f"no export at {folder}.", f"Make it with: {self.export_command}")
+        return folder
 
     def report(self, name: str) -> str:
         """Name of a report about the graphs; the default form's is ``name`` itself."""

@@ -37,9 +37,13 @@ def test_the_commands_in_a_row(mskip, tiny_folder):
     assert "conditional attentions" in done("export")
     assert "validation passed" in done("validate")
     assert "Prefill" in done("bench")
-    missing = mskip("validate", "--target", "ort")
-    assert missing.exit_code == 1
-    assert "mskip export --target ort" in missing.stderr
+    for asked in (["validate"], ["bench"], ["bench", "--profile"], ["generate", "hello"]):
+        missing = mskip(*asked, "--target", "ort")
+        assert missing.exit_code == 1
+        assert "mskip export --target ort" in missing.stderr
+    contrary = mskip("generate", "hello", "--engine", "torch", "--target", "ort")
+    assert contrary.exit_code == 1
+    assert "Leave out --engine torch" in contrary.stderr
     assert "conditional attentions" in done("export", "--target", "ort")
     assert "validation passed" in done("validate", "--target", "ort")
     assert "Prefill" in done("bench", "--target", "ort")

@@ -174,7 +174,8 @@ def widened(folder: Path, to: Path) -> Path:
     import onnx
     from onnx import AttributeProto, GraphProto, TensorProto, numpy_helper
 
-    from mskip.exporters.onnx_export import CONTRACT, MODEL
+    from mskip.exporters.contract import CONTRACT
+    from mskip.exporters.onnx_export import MODEL
 
     def wide(tensor: TensorProto) -> None:
         if tensor.data_type == TensorProto.BFLOAT16:
@@ -211,8 +212,8 @@ def test_bfloat16(make_tokenizer: Callable[..., Any], tmp_path: Path) -> None:
     with its values widened, against PyTorch in float32 on the same values."""
     import torch
 
-    from mskip.exporters.contract import read_contract
-    from mskip.exporters.onnx_export import CONTRACT, MODEL
+    from mskip.exporters.contract import CONTRACT, read_contract
+    from mskip.exporters.onnx_export import MODEL
     from mskip.exporters.ort_runner import OrtRunner
     from mskip.exporters.torch_runner import TorchRunner
 

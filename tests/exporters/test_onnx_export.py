@@ -19,10 +19,9 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 from mskip.compressor.artifact import Run
 from mskip.compressor.errors import ModelError
 from mskip.exporters import onnx_export
-from mskip.exporters.contract import read_contract
+from mskip.exporters.contract import CONTRACT, read_contract
 from mskip.exporters.onnx_export import (
     CEILING,
-    CONTRACT,
     DATA,
     DENSE,
     MODEL,

@@ -19,11 +19,11 @@ from mskip.compressor.errors import ArtifactError
 from mskip.compressor.recipe import Recipe, ValidationLimits, ValidationSpec
 from mskip.compressor.samples import run_samples
 from mskip.exporters import laziness, parity
-from mskip.exporters.contract import UNSCORED
+from mskip.exporters.contract import CONTRACT, UNSCORED
 from mskip.exporters.layers import DECISION, SUBLAYER
 from mskip.exporters.laziness import branch_nodes, filled, measure_laziness
 from mskip.exporters.lowering import _Builder, branch_prefix
-from mskip.exporters.onnx_export import CONTRACT, DATA, MODEL
+from mskip.exporters.onnx_export import DATA, MODEL
 from mskip.exporters.parity import (
     LARGEST,
     at_least,
