@@ -16,6 +16,7 @@ from mskip.compressor.progress import Progress, silent
 from mskip.exporters.laziness import filled
 from mskip.exporters.onnx_export import DENSE, MODEL
 from mskip.exporters.opening import open_runner
+from mskip.exporters.ort_runner import runtime
 from mskip.exporters.speed import machine, sample_text
 from mskip.exporters.targets import PORTABLE, Form
 
@@ -88,6 +89,7 @@ def profile_run(
     """
     spec = run.recipe().bench
     context = context or spec.contexts[0]
+    runtime()  # without it an export helps nobody
     folder = form.exported(run)
     ids = filled(sample_text(run), context)
     found: dict[str, dict[str, tuple[Counter[str], Counter[str]]]] = {}

@@ -28,7 +28,7 @@ from mskip.compressor.sublayers import require_unit
 from mskip.exporters.laziness import filled
 from mskip.exporters.onnx_export import CEILING, DENSE, MODEL, STATIC
 from mskip.exporters.opening import open_runner
-from mskip.exporters.ort_runner import OrtRunner
+from mskip.exporters.ort_runner import OrtRunner, runtime
 from mskip.exporters.runner import Ints, State
 from mskip.exporters.targets import PORTABLE, Form
 
@@ -175,6 +175,7 @@ def bench_run(
     batches = list(batches or (QUICK_BATCHES if quick else spec.batches))
     contexts = list(contexts or (QUICK_CONTEXTS if quick else spec.contexts))
     repeats = repeats or (QUICK_REPEATS if quick else spec.repeats)
+    runtime()  # without it an export helps nobody
     folder = form.exported(run)
     engines = {
         name: open_runner(folder, name, threads=spec.threads)

@@ -136,7 +136,9 @@ def test_missing_extra(mskip, bare_run, monkeypatch):
         return real(name, *rest, **others)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    refused(mskip("bench"), "onnxruntime is not installed", "pip install 'mskip[cpu]'")
+    for options in ([], ["--profile"]):
+        result = mskip("bench", *options)
+        refused(result, "onnxruntime is not installed", "pip install 'mskip[cpu]'")
 
 
 # The tiny model has few layers and is narrower than the demo's rank.
