@@ -51,21 +51,21 @@ def self_times(profile: Path) -> list[tuple[Counter[str], Counter[str]]]:
     # What contains comes before what it contains.
     nodes.sort(key=lambda event: (event["ts"], -event["dur"]))
     results: list[tuple[Counter[str], Counter[str]]] = [(Counter(), Counter()) for _ in calls]
-    around: list[tuple[int, str]] = []
+    around: list[int] = []  # ends of the conditionals that are running
     number = 0
     for event in nodes:
         kind, start = event["args"]["op_name"], event["ts"]
         while number < len(calls) - 1 and start >= calls[number][1]:
             number += 1
         times, counts = results[number]
-        while around and around[-1][0] <= start:
+        while around and around[-1] <= start:
             around.pop()
         if around:
-            times[around[-1][1]] -= event["dur"]
+            times["If"] -= event["dur"]
         times[kind] += event["dur"]
         counts[kind] += 1
         if kind == "If":
-            around.append((start + event["dur"], kind))
+            around.append(start + event["dur"])
     return results
 
 

@@ -64,7 +64,7 @@ def fuse_sums_with_norms(graph: ir.Graph) -> None:
         maker = None if summed is None else summed.producer()
         if summed is None or maker is None or maker.op_type != "Add" or maker.graph is not graph:
             continue
-        if summed.is_graph_output() or any(_scalar(value) for value in maker.inputs):
+        if summed.is_graph_output() or any(_constant(value) for value in maker.inputs):
             continue
         fused = ir.node(
             "SkipSimplifiedLayerNormalization",
@@ -90,8 +90,8 @@ def unname_unwanted(graph: ir.Graph) -> None:
                 value.name = ""
 
 
-def _scalar(value: ir.Value | None) -> bool:
-    """Whether an operand is a constant: no residual."""
+def _constant(value: ir.Value | None) -> bool:
+    """Whether an operand is a constant, such as a bias: no residual."""
     return value is None or value.is_initializer()
 
 
