@@ -8,6 +8,8 @@ caller pads on.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -326,8 +328,7 @@ class FusedRunner(OrtRunner):
 
     def _allocate(self, buffers: Buffers, layer: int, rows: int) -> None:
         for part in ("key", "value"):
-            # Zeros of this size come from the system untouched, hence not resident.
-            array = np.zeros(self._shape(rows, buffers.capacity), dtype=self.contract.dtype)
+            array = untouched(self._shape(rows, buffers.capacity), np.dtype(self.contract.dtype))
             buffers.arrays[_past(layer, part)] = array
             buffers.values[_past(layer, part)] = self._value(array)
         buffers.binding = None
@@ -335,9 +336,21 @@ class FusedRunner(OrtRunner):
     def _grow(self, buffers: Buffers, capacity: int, used: int) -> None:
         buffers.make_room(capacity)
         for name, old in list(buffers.arrays.items()):
-            array = np.zeros(self._shape(len(old), capacity), dtype=old.dtype)
+            array = untouched(self._shape(len(old), capacity), old.dtype)
             array[:, :, :used] = old[:, :, :used]
             buffers.arrays[name], buffers.values[name] = array, self._value(array)
+
+
+def untouched(shape: Sequence[int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Zeros that take no memory until they are written to, and give it back when they go.
+
+    The heap keeps neither promise: it hands out used memory cleared, hence resident.
+    """
+    count = math.prod(shape)
+    if not count:
+        return np.zeros(shape, dtype)
+    memory = mmap.mmap(-1, count * dtype.itemsize, access=mmap.ACCESS_COPY)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def _past(layer: int, part: str) -> str:

@@ -184,6 +184,30 @@ def test_skipping_rows_take_no_memory(
     assert engine.kv_bytes(state) == (always * len(ids) + MIXED.sum()) * each
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="tells no resident memory")
+def test_unused_room_takes_no_memory_and_what_was_used_goes_back(
+    made: tuple[BaseModel, Routers, Path], engine: FusedRunner
+) -> None:
+    """Also after as much was used and let go, when the heap would hand out used memory again."""
+    from mskip.exporters.fused_runner import untouched
+
+    llama_only(made, engine)
+
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+        return int(next(x for x in lines if x.startswith("RssAnon")).split()[1]) * 1024
+
+    size, before = 32 * 2**20, resident()
+    for _ in range(3):
+        array = untouched((4, 8, 2**18), np.dtype(np.float32))
+        assert array.nbytes == size
+        assert resident() - before < size // 8
+        array[:] = 1
+        assert resident() - before > size * 7 // 8
+        del array
+        assert resident() - before < size // 8
+
+
 def test_a_step_writes_in_place(made: tuple[BaseModel, Routers, Path], engine: FusedRunner) -> None:
     """Its own position and nothing else: of a skipping layer nothing at all."""
     llama_only(made, engine)
