@@ -10,13 +10,14 @@ up in what the input says of all layers, and no layer computes anything for them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 from onnx_ir.passes import common
+from onnx_ir.traversal import RecursiveGraphIterator
 from torch import Tensor
 
 import mskip
@@ -26,7 +27,15 @@ from mskip.exporters.contract import UNSCORED, Contract
 from mskip.exporters.fused import MICROSOFT
 from mskip.exporters.layers import DECISION, DOMAIN, SUBLAYER
 from mskip.exporters.quantised import quantise_products
-from mskip.exporters.splicing import DTYPES, bound, initializer, moved, renamed, substitute
+from mskip.exporters.splicing import (
+    DTYPES,
+    bound,
+    constant,
+    initializer,
+    moved,
+    renamed,
+    substitute,
+)
 from mskip.exporters.tidying import (
     before_branch,
     fuse_sums_with_norms,
@@ -34,6 +43,7 @@ from mskip.exporters.tidying import (
     unname_unwanted,
 )
 from mskip.exporters.tracing import Traced
+from mskip.exporters.weight_layout import fold_transposes, share_tied_head
 
 _SMALL = 16
 """Elements of a constant that says what a node does, such as the bounds of a slice."""
@@ -110,15 +120,15 @@ class _Builder:
         """What the graph's input says of all layers, for calls without an open decision."""
         routing = next(value for value in self.graph.inputs if value.name == "routing")
         top = tape.Tape()
-        gates = top.op("Greater", [routing, _constant(top, np.array(0, dtype=np.int64))])
+        gates = top.op("Greater", [routing, constant(top, np.array(0, dtype=np.int64))])
         whole = top.op("Cast", [gates], attributes={"to": ir.DataType.INT32})
-        rows = _constant(top, np.array([0], dtype=np.int64))
+        rows = constant(top, np.array([0], dtype=np.int64))
         some, every = (
             top.op("Cast", [top.op(kind, [whole, rows], {"keepdims": 0})], _BOOLEAN)
             for kind in ("ReduceMax", "ReduceMin")
         )
         batch = top.op("Shape", [routing], attributes={"start": 0, "end": 1})
-        scores = top.op("Expand", [_constant(top, np.float32(UNSCORED)), batch])
+        scores = top.op("Expand", [constant(top, np.float32(UNSCORED)), batch])
         for number, made in enumerate(top.nodes):
             made.name = f"known/{number}"
         self.graph.insert_before(self.graph[0], list(top.nodes))
@@ -130,7 +140,7 @@ class _Builder:
         undecided, *given = _inputs(node)
         then = bound(self.traced.decision, given, f"{node.name}/")
         otherwise = tape.Tape()
-        at = _constant(otherwise, np.array(index, dtype=np.int64))
+        at = constant(otherwise, np.array(index, dtype=np.int64))
         looked_up = [
             otherwise.op("Gather", [known.gates, at], attributes={"axis": 1}),
             otherwise.op("Identity", [known.scores]),
@@ -236,10 +246,10 @@ class _Builder:
         if body.mask is not None:
             contract = self.traced.contract
             parts = [
-                _constant(skip, np.array([0, contract.kv_heads], dtype=np.int64)),
+                constant(skip, np.array([0, contract.kv_heads], dtype=np.int64)),
                 # Past and new positions; the past itself is not looked at.
                 skip.op("Shape", [place[body.mask]], attributes={"start": -1}),
-                _constant(skip, np.array([contract.head_dim], dtype=np.int64)),
+                constant(skip, np.array([contract.head_dim], dtype=np.int64)),
             ]
             shape = skip.op("Concat", parts, attributes={"axis": 0})
             empty = [skip.op("ConstantOfShape", [shape], attributes={"value": self._zero})]
@@ -342,8 +352,8 @@ class _Builder:
         """Round or transpose weights, drop what is unused, name the axes."""
         if contract.weights != "float":
             quantise_products(self.graph, contract.weights)
-        _share_tied_head(self.graph)
-        _fold_transposes(self.graph)
+        share_tied_head(self.graph)
+        fold_transposes(self.graph)
         # What every layer computes from the same tables, once; their constants have to be one.
         common.DeduplicateInitializersPass(size_limit=_SMALL)(self.model)
         common.CommonSubexpressionEliminationPass()(self.model)
@@ -357,7 +367,7 @@ class _Builder:
         for value in (*self.graph.inputs, *self.graph.outputs):
             assert value.name is not None
             value.shape = ir.Shape(axes[value.name])
-        if any(node.domain == MICROSOFT for node in _nodes(self.graph)):
+        if any(node.domain == MICROSOFT for node in RecursiveGraphIterator(self.graph)):
             self.graph.opset_imports[MICROSOFT] = self.model.opset_imports[MICROSOFT] = 1
         self.graph.opset_imports.pop(DOMAIN, None)
         self.model.opset_imports.pop(DOMAIN, None)
@@ -374,19 +384,15 @@ def _inputs(node: ir.Node) -> list[ir.Value]:
     return [value for value in node.inputs if value is not None]
 
 
-def _constant(into: tape.Tape, value: np.ndarray | np.generic) -> ir.Value:
-    return into.op("Constant", [], attributes={"value": ir.tensor(np.asarray(value))})
-
-
 def _scattered(into: tape.Tape, base: ir.Value, rows: ir.Value, some: ir.Value) -> ir.Value:
     """``base`` with the rows numbered by ``rows`` [n] replaced by those of ``some``."""
-    one = _constant(into, np.array([1], dtype=np.int64))
+    one = constant(into, np.array([1], dtype=np.int64))
     return into.op("ScatterND", [base, into.op("Unsqueeze", [rows, one]), some])
 
 
 def _numbers(into: tape.Tape, gate: ir.Value) -> ir.Value:
     """The rows where ``gate`` [batch] is open, [n] int64."""
-    zero = _constant(into, np.array([0], dtype=np.int64))
+    zero = constant(into, np.array([0], dtype=np.int64))
     return into.op("Squeeze", [into.op("NonZero", [gate]), zero])
 
 
@@ -402,78 +408,9 @@ def _graph(from_: tape.Tape, outputs: list[ir.Value], name: str) -> ir.Graph:
     return graph
 
 
-def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
-    for node in graph:
-        yield node
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                yield from _nodes(attribute.as_graph())
-
-
-def _share_tied_head(graph: ir.Graph) -> None:
-    """Let a head that is tied to the embedding read it as it lies, instead of a second copy.
-
-    MatMul wants [hidden, vocabulary]; Gemm can read [vocabulary, hidden], but only has two
-    dimensions, hence the reshapes around it.
-    """
-    for node in list(graph):
-        weight = node.inputs[0] if node.op_type == "Transpose" else None
-        if weight is None or weight.name not in graph.initializers:
-            continue
-        readers = [use.node for use in weight.uses()]
-        products = [use.node for use in node.outputs[0].uses()]
-        if not any(reader.op_type == "Gather" for reader in readers) or len(products) != 1:
-            continue
-        (product,) = products
-        hidden, output = product.inputs[0], product.outputs[0]
-        assert hidden is not None
-        assert weight.shape is not None
-        rows, width = weight.shape.numpy()
-        build = tape.Tape()
-        flat = build.op("Reshape", [hidden, _constant(build, np.array([-1, width]))])
-        scores = build.op("Gemm", [flat, weight], attributes={"transB": 1})
-        lead = build.op("Shape", [hidden], attributes={"start": 0, "end": 2})
-        shape = build.op("Concat", [lead, _constant(build, np.array([rows]))], {"axis": 0})
-        logits = build.op("Reshape", [scores, shape])
-        graph.insert_before(product, list(build.nodes))
-        logits.type, name = output.type, output.name
-        output.name = f"{name}.matmul"
-        logits.name = name
-        ir.convenience.replace_all_uses_with(output, logits, replace_graph_outputs=True)
-        graph.remove([product, node], safe=True)
-
-
-def _fold_transposes(graph: ir.Graph) -> None:
-    """Store weights the way MatMul reads them: a transpose of an initializer becomes one."""
-    for node in list(_nodes(graph)):
-        source = node.inputs[0] if node.op_type == "Transpose" else None
-        if source is None or source.name not in graph.initializers:
-            continue
-        tensor = source.const_value
-        if tensor is None or len(tensor.shape) != 2:
-            continue
-        name = f"{source.name}.T"
-        if name not in graph.initializers:
-            graph.register_initializer(_transposed(name, tensor))
-        ir.convenience.replace_all_uses_with(node.outputs[0], graph.initializers[name])
-        owner = node.graph
-        assert owner is not None
-        owner.remove(node, safe=True)
-
-
-def _transposed(name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    def load() -> ir.TensorProtocol:
-        return ir.tensor(np.ascontiguousarray(tensor.numpy().T), name=name)
-
-    rows, columns = tensor.shape.numpy()
-    shape = ir.Shape([columns, rows])
-    lazy = ir.LazyTensor(load, tensor.dtype, shape, name=name)
-    return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
-
-
 def _strip_shapes(graph: ir.Graph) -> None:
     # The trace's symbols mean nothing to a reader, and a branch's shapes hold only
     # for its own side; runtimes infer what they need.
-    for node in _nodes(graph):
+    for node in RecursiveGraphIterator(graph):
         for value in node.outputs:
             value.shape = None

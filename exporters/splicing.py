@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
+from onnx_ir import tape
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
@@ -72,6 +74,11 @@ def renamed(graph: ir.Graph, prefix: str) -> None:
         graph.initializers.pop(name)
         value.name = f"{prefix}{name}"
         graph.register_initializer(value)
+
+
+def constant(into: tape.Tape, value: np.ndarray | np.generic) -> ir.Value:
+    """A constant node on a tape."""
+    return into.op("Constant", [], attributes={"value": ir.tensor(np.asarray(value))})
 
 
 def initializer(name: str, parameter: Tensor, *, transposed: bool = False) -> ir.Value:
