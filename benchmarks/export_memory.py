@@ -20,34 +20,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from random_run import SHAPE, write_model
+
 if TYPE_CHECKING:
     from mskip.exporters.contract import Weights
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-}
-"""Of TinyLlama 1.1B, which has 22 layers."""
-
-
-def write_model(folder: Path, layers: int, dtype: str) -> None:
-    """A random model with a tokenizer of bytes."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.set_default_dtype(getattr(torch, dtype))
-    config = LlamaConfig(**SHAPE, num_hidden_layers=layers, tie_word_embeddings=False)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = {token: number for number, token in enumerate(["<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(tokens, []))
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(folder)
 
 
 def export(
