@@ -1,15 +1,21 @@
 """The same dense model through other people's engines, beside both forms of our graph.
 
-    python benchmarks/peers.py RUN --genai FOLDER --output results/peers.json
+    python benchmarks/peers.py RUN --genai FOLDER --optimum FOLDER --output results/peers.json
 
 RUN is exported in both forms (`mskip export`, `mskip export --target ort`). FOLDER is what
 onnxruntime-genai's model builder made of the same base model, in the same precision and with
-the logits of the last position alone, as all contenders here:
+the logits of the last position alone:
 
     python -m onnxruntime_genai.models.builder -i MODEL -o FOLDER -p fp32 -e cpu -c CACHE \
         --extra_options prune_lm_head=true
 
-Its graph runs on the ONNX Runtime that mskip uses, keys and values bound in place. Hugging Face
+The other folder is what optimum-onnx exported, in an environment of its own (it needs an older
+transformers than mskip):
+
+    optimum-cli export onnx -m MODEL --task text-generation-with-past FOLDER
+
+Both run on the ONNX Runtime that mskip uses, the first with keys and values bound in place. Its
+logits are of the last position alone, optimum's of all, as its export has it. Hugging Face
 transformers runs the model in PyTorch, eager and sdpa. What is not given is named as not run.
 With `--weights int8 int4` our graphs with rounded weights (`mskip export --target ort --weights
 int8`) run beside.
@@ -34,6 +40,7 @@ from transformers.cache_utils import DynamicCache
 from mskip.compressor.artifact import Run, open_run, versions
 from mskip.compressor.files import write_json
 from mskip.compressor.models import load_base
+from mskip.exporters.contract import CONTRACT
 from mskip.exporters.laziness import filled
 from mskip.exporters.onnx_export import DENSE
 from mskip.exporters.opening import open_runner
@@ -48,6 +55,7 @@ Prefill = Callable[[Ints], tuple[Floats, Step]]
 token [1, 1], always from the full prompt."""
 
 BASE = "onnxruntime-genai"
+ATTENTION = ["sdpa", "eager"]
 
 
 def ours(run: Run, form: Form, threads: int | None) -> Prefill:
@@ -65,17 +73,52 @@ def ours(run: Run, form: Form, threads: int | None) -> Prefill:
     return prefill
 
 
-def genai(folder: Path, threads: int | None) -> Prefill:
-    """The graph of onnxruntime-genai's builder."""
+def _session(folder: Path, threads: int | None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(
+    return onnxruntime.InferenceSession(
         str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
     )
+
+
+def optimum(folder: Path, threads: int | None) -> Prefill:
+    """The graph that optimum-onnx exported; its keys and values grow by a copy."""
+    import onnxruntime
+
+    session = _session(folder, threads)
+    value = onnxruntime.OrtValue.ortvalue_from_numpy
+    past = [(i.name, i.shape) for i in session.get_inputs() if i.name.startswith("past")]
+    outputs = [each.name for each in session.get_outputs()]
+
+    def call(tokens: Ints, cache: list[Any]) -> tuple[Floats, list[Any]]:
+        new, before = tokens.shape[1], cache[0].shape()[2]
+        feeds = {
+            "input_ids": value(tokens),
+            "attention_mask": value(np.ones((1, before + new), np.int64)),
+            "position_ids": value(np.arange(before, before + new)[None]),
+            **dict(zip((name for name, _ in past), cache, strict=True)),
+        }
+        logits, *present = session.run_with_ort_values(outputs, feeds)
+        found: Floats = logits.numpy()[:, -1]
+        return found, present
+
+    def prefill(ids: Ints) -> tuple[Floats, Step]:
+        nothing = np.zeros((1, past[0][1][1], 0, past[0][1][3]), np.float32)
+        first, cache = call(ids, [value(nothing) for _ in past])
+        return first, lambda token: call(token, cache)[0]
+
+    return prefill
+
+
+def genai(folder: Path, threads: int | None) -> Prefill:
+    """The graph of onnxruntime-genai's builder."""
+    import onnxruntime
+
+    session = _session(folder, threads)
     value = onnxruntime.OrtValue.ortvalue_from_numpy
     past = [(i.name, i.shape) for i in session.get_inputs() if i.name.startswith("past")]
 
@@ -196,11 +239,13 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path)
     parser.add_argument("--genai", type=Path)
+    parser.add_argument("--optimum", type=Path)
     parser.add_argument("--context", type=int, nargs="*", default=[512, 2048])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--weights", choices=list(BITS), nargs="*", default=[])
+    parser.add_argument("--attention", choices=ATTENTION, nargs="*", default=ATTENTION)
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     run = open_run(given.run)
@@ -209,16 +254,23 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     contenders: dict[str, Prefill] = {}
     not_run = {}
-    if given.genai is None:
-        not_run[BASE] = "no --genai FOLDER was given"
-    else:
-        contenders[BASE] = genai(given.genai, given.threads)
+    for name, folder, make in (
+        (BASE, given.genai, genai),
+        ("optimum-onnx", given.optimum, optimum),
+    ):
+        if folder is None:
+            not_run[name] = f"no --{make.__name__} FOLDER was given"
+        else:
+            contenders[name] = make(folder, given.threads)
     contenders["mskip, target ort"] = ours(run, Form("ort"), given.threads)
     for weights in given.weights:
         contenders[f"mskip, {weights}"] = ours(run, Form("ort", weights), given.threads)
-    contenders["mskip, portable"] = ours(run, PORTABLE, given.threads)
-    contenders["transformers, sdpa"] = hugging_face(base.model, "sdpa")
-    contenders["transformers, eager"] = hugging_face(base.model, "eager")
+    if (PORTABLE.folder(run) / CONTRACT).is_file():
+        contenders["mskip, portable"] = ours(run, PORTABLE, given.threads)
+    else:
+        not_run["mskip, portable"] = f"not exported ({PORTABLE.export_command})"
+    for attention in given.attention:
+        contenders[f"transformers, {attention}"] = hugging_face(base.model, attention)
     prompt = base.tokenizer("The quick brown fox jumps over the lazy dog.")["input_ids"]
     rows: list[dict[str, Any]] = []
     print(f"{'context':>7}  {'phase':7}  {'engine':20}  {'ms':>9}  {'ratio':>6}  spread")
