@@ -120,7 +120,7 @@ def calibrate(
     ] = None,
     speedup: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Dense time over routed time, by what bench measured."),
+        typer.Option(metavar="X", help="Dense time over routed time, by the last bench."),
     ] = None,
     per_layer: Annotated[
         bool | None,

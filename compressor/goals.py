@@ -109,5 +109,5 @@ def capacity_for_speedup(run: Run, speedup: float) -> tuple[float, dict[str, Any
         )
     capacity = 1.0 if execute <= skip else min(1.0, (allowed - skip) / (execute - skip))
     expected = dense / (skip + capacity * (execute - skip))
-    names = ("engine", "phase", "batch", "context", "per_sublayer_ms")
-    return capacity, {"expected": expected, **{name: case[name] for name in names}}
+    names = ("engine", "form", "phase", "batch", "context", "per_sublayer_ms")
+    return capacity, {"expected": expected, **{name: case.get(name) for name in names}}

@@ -94,7 +94,9 @@ def measure(
             routing = variant.routing(len(ids))
             # Held states are freed first, or their memory would slow the next variant down.
             variant.state = None
-            spent, state = _timed(partial(variant.engine.prefill, ids, routing=routing))
+            spent, state = _timed(
+                partial(variant.engine.prefill, ids, routing=routing, last_only=True)
+            )
             step_spent, _ = _timed(partial(_decode, variant.engine, state, ids, steps))
             variant.state = State(
                 state.logits[:, -1:], state.routing, state.scores, state.mask, None
@@ -160,7 +162,7 @@ def bench_run(
         contexts: prompt lengths in tokens; None takes the recipe's.
         repeats: timed rounds; None takes the recipe's.
         progress: one unit a case.
-        target: whose graphs.
+        form: whose graphs.
 
     Returns:
         The report, as saved in ``reports/bench.json`` (``bench-<target>.json``).
@@ -212,19 +214,21 @@ def bench_run(
     }
     run.write_report(form.report("bench"), report)
     count = len(engines[MODEL].contract.routed_layers)
-    run.write_report("costs", costs_of(rows, count, engines[MODEL].name))
+    run.write_report("costs", costs_of(rows, count, engines[MODEL].name, form))
     return report
 
 
-def costs_of(rows: list[dict[str, Any]], routed: int, engine: str) -> dict[str, Any]:
+def costs_of(rows: list[dict[str, Any]], routed: int, engine: str, form: Form) -> dict[str, Any]:
     """What one routed sublayer costs where it matters most: the longest prefill of one prompt.
 
-    It does not depend on tau, so it outlives a calibration, which may aim by it.
+    It does not depend on tau, so it outlives a calibration, which may aim by it. There is one such
+    report: a speedup is asked of the form that was timed last.
 
     Args:
         rows: of the bench report.
         routed: number of routed sublayers.
         engine: its name.
+        form: of the graphs that were timed.
     """
     row = min(
         (row for row in rows if row["phase"] == "prefill"),
@@ -232,7 +236,12 @@ def costs_of(rows: list[dict[str, Any]], routed: int, engine: str) -> dict[str, 
     )
     names = ("phase", "batch", "context", "dense_ms", "execute_ms", "skip_ms")
     each = (row["execute_ms"] - row["skip_ms"]) / routed
-    return {"engine": engine, **{name: row[name] for name in names}, "per_sublayer_ms": each}
+    return {
+        "engine": engine,
+        "form": form.name,
+        **{name: row[name] for name in names},
+        "per_sublayer_ms": each,
+    }
 
 
 def sample_text(run: Run) -> list[list[int]]:

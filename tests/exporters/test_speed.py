@@ -108,7 +108,7 @@ class _Engine:
         self.name, self.log = name, log
         self.contract = type("Contract", (), {"routed_layers": [1, 2]})
 
-    def prefill(self, ids: Any, routing: Any = None) -> Any:
+    def prefill(self, ids: Any, routing: Any = None, last_only: bool = False) -> Any:
         from mskip.exporters.runner import State
 
         self.log.append(f"{self.name} prefill {None if routing is None else routing.tolist()}")
