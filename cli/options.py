@@ -45,14 +45,16 @@ class Target(StrEnum):
 
     portable = "portable"
     ort = "ort"
+    trt = "trt"
 
 
 GraphTarget = Annotated[
     Target,
     typer.Option(
         "--target",
-        metavar="portable|ort",
-        help="Standard operators, or ONNX Runtime's fused ones with keys and values in place.",
+        metavar="portable|ort|trt",
+        help="Standard operators, ONNX Runtime's fused ones with keys and values in place, or what "
+        "TensorRT builds.",
     ),
 ]
 

@@ -83,6 +83,8 @@ def layer_arguments(model: PreTrainedModel, cache: Any) -> dict[int, Arguments]:
     """
     name = family_of(model).cache
     found: dict[int, Arguments] = {}
+    positions = torch.arange(PAST, PAST + POSITIONS).expand(BATCH, -1).contiguous()
+    cache.positions = positions
 
     def note(number: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         found[number] = Arguments.of(arguments, name)
@@ -91,8 +93,8 @@ def layer_arguments(model: PreTrainedModel, cache: Any) -> dict[int, Arguments]:
     with layers_replaced(model, note), torch.no_grad():
         model(
             input_ids=torch.zeros(BATCH, POSITIONS, dtype=torch.int64),
-            attention_mask=torch.ones(BATCH, PAST + POSITIONS, dtype=torch.int64),
-            position_ids=torch.arange(PAST, PAST + POSITIONS).expand(BATCH, -1).contiguous(),
+            attention_mask=torch.ones(BATCH, cache.width(POSITIONS), dtype=torch.int64),
+            position_ids=positions,
             past_key_values=cache,
             use_cache=True,
         )

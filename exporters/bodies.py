@@ -35,6 +35,8 @@ from mskip.exporters.tidying import cancel_reshapes
 # Folding may compute shapes, never weights: a folded weight is a second copy.
 _FOLD_LIMIT = 4096
 _AUTO = Dim.DYNAMIC
+_NEWEST = 23
+"""Opset that torch.onnx can write; a target that needs nodes of a later one puts them in itself."""
 
 
 def to_ir(
@@ -62,7 +64,7 @@ def to_ir(
             dynamic_shapes=shapes,
             input_names=names[0],
             output_names=names[1],
-            opset_version=opset,
+            opset_version=min(opset, _NEWEST),
             optimize=False,
             verbose=False,
         )
@@ -102,7 +104,7 @@ class Body:
             (attention, MLP) or the residual stream itself (block).
         shared: which of the sublayer's tensor arguments are the same for all rows.
         mask: number of the argument whose last axis is past + sequence; None where there is
-            none: of an MLP, and with fused attention.
+            none: of an MLP, and with buffers of keys and values.
     """
 
     execute: ir.Model
@@ -244,7 +246,7 @@ def trace_bodies(
         contract: the routed graph's contract.
         arguments: how the model calls them, see `record_arguments`.
     """
-    unmasked = sublayers.granularity == "mlp" or contract.target == "ort"
+    unmasked = sublayers.granularity == "mlp" or contract.buffered
     known: dict[Any, Body] = {}
     bodies = {}
     for layer in sublayers.layers:

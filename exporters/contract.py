@@ -26,8 +26,8 @@ UNSCORED = -1.0
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "past + sequence"
 CAPACITY, KEPT = "capacity", "kept"
 
-Target = Literal["portable", "ort"]
-"""Standard operators only, or the fused forms of ONNX Runtime."""
+Target = Literal["portable", "ort", "trt"]
+"""Standard operators only, the fused forms of ONNX Runtime, or what TensorRT can build."""
 Weights = Literal["float", "int8", "int4"]
 """As the model has them, or rounded to 8 or 4 bits in blocks."""
 
@@ -67,9 +67,11 @@ class Contract:
         removed_layers: decoder layers that lack the sublayer (static graphs).
         granularity: which sublayer is routed or removed.
         compensation_rank: rank of the map that stands for a skipped sublayer; 0 for nothing.
-        target: which operators the graph may use. For "ort", keys and values lie in buffers
-            with room for more positions than are in them, the real tokens of a row come first
-            (padding on the right), and logits are given for the columns named in ``logits_at``.
+        target: which operators the graph may use. For all but "portable", keys and values lie in
+            buffers with room for more positions than are in them, the real tokens of a row come
+            first (padding on the right), and logits are given for the columns named in
+            ``logits_at``. For "trt", the mask says of each position in the buffers whether it is
+            attended to, and every buffer has a row for every sequence.
         weights: how the weights of products are stored.
     """
 
@@ -91,14 +93,20 @@ class Contract:
 
     def kv_axes(self, layer: int, length: str) -> list[str | int]:
         """Axes of a layer's keys or values; ``length`` is the symbol of its positions."""
-        length = CAPACITY if self.target == "ort" else length
+        length = CAPACITY if self.buffered else length
         rows = f"rows_{layer}" if layer in self.compact_layers else BATCH
         return [rows, self.kv_heads, length, self.head_dim]
 
     @property
+    def buffered(self) -> bool:
+        """Whether keys and values stay where they are, in buffers; see ``target``."""
+        return self.target != "portable"
+
+    @property
     def compact_layers(self) -> list[int]:
         """Decoder layers whose cache has a row for executing sequences only."""
-        return [] if self.granularity == "mlp" else self.routed_layers
+        every = self.granularity == "mlp" or self.target == "trt"
+        return [] if every else self.routed_layers
 
     @property
     def cached_layers(self) -> list[int]:
@@ -109,12 +117,13 @@ class Contract:
     def inputs(self) -> list[TensorSpec]:
         """Inputs in the order of the graph."""
         routed = len(self.routed_layers)
+        seen = CAPACITY if self.target == "trt" else TOTAL
         specs = [
             TensorSpec("input_ids", "int64", [BATCH, SEQUENCE]),
-            TensorSpec("attention_mask", "int64", [BATCH, TOTAL]),
+            TensorSpec("attention_mask", "int64", [BATCH, seen]),
             TensorSpec("position_ids", "int64", [BATCH, SEQUENCE]),
         ]
-        if self.target == "ort":
+        if self.buffered:
             specs.append(TensorSpec("logits_at", "int64", [BATCH, KEPT]))
         if routed:
             specs.append(TensorSpec("routing", "int64", [BATCH, routed]))
@@ -128,7 +137,7 @@ class Contract:
     def outputs(self) -> list[TensorSpec]:
         """Outputs in the order of the graph."""
         routed = len(self.routed_layers)
-        positions = KEPT if self.target == "ort" else SEQUENCE
+        positions = KEPT if self.buffered else SEQUENCE
         specs = [TensorSpec("logits", self.dtype, [BATCH, positions, self.vocabulary])]
         if routed:
             specs.append(TensorSpec("routing_out", "int64", [BATCH, routed]))

@@ -248,7 +248,7 @@ class FusedRunner(OrtRunner):
             buffers: of the sequences.
             lengths: real tokens of each row afterwards, [batch].
         """
-        columns = int(attended.max())
+        columns = self._mask_columns(buffers, attended)
         # Contiguous, as the runtime wants it, in memory that is there already.
         mask = buffers.attended[: len(ids) * columns].reshape(len(ids), columns)
         np.less(buffers.counted[:columns], attended[:, None], out=mask)
@@ -291,6 +291,10 @@ class FusedRunner(OrtRunner):
             scores[(routing != UNDECIDED) | (scores == UNSCORED)] = np.nan
         logits = logits.astype(np.float32, copy=False)
         return State(logits, decided, scores, mask, place), present
+
+    def _mask_columns(self, buffers: Buffers, attended: Ints) -> int:
+        """Width of the graph's mask: as far as any row is attended to."""
+        return int(attended.max())
 
     def _bind(self, buffers: Buffers, batch: int) -> None:
         """Bind keys and values; the rest changes with every call."""
@@ -339,6 +343,17 @@ class FusedRunner(OrtRunner):
             array = untouched(self._shape(len(old), capacity), old.dtype)
             array[:, :, :used] = old[:, :, :used]
             buffers.arrays[name], buffers.values[name] = array, self._value(array)
+
+
+class BufferRunner(FusedRunner):
+    """Runs a graph of target "trt" on ONNX Runtime; see `OrtRunner` for the arguments.
+
+    It computes what TensorRT would, and stands for it where no GPU is at hand. Every call attends
+    over the whole buffers, so it tells nothing about speed.
+    """
+
+    def _mask_columns(self, buffers: Buffers, attended: Ints) -> int:
+        return buffers.capacity
 
 
 def untouched(shape: Sequence[int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:

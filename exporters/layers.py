@@ -102,7 +102,7 @@ class _PlacingPass:
         place = tensors_of(call.tokens.arguments, self.cache_name)
         past_key, past_value = self.cache.past[self.layer]
         heads, dim = past_key.shape[1], past_key.shape[3]
-        present = (past_key.shape[0], heads, self.cache.length + hidden.shape[1], dim)
+        present = (past_key.shape[0], heads, self.cache.width(hidden.shape[1]), dim)
         output, key, value = torch.onnx.ops.symbolic_multi_out(
             name,
             (self.gate, self.some, self.every, hidden, *place, past_key, past_value),
@@ -207,7 +207,7 @@ def _trace(
     weights = layer_weights(model, layer)
     dtype, hidden = model.dtype, model.config.get_text_config().hidden_size
     # A routed sublayer's keys belong to the executing rows, a number of their own.
-    rows = BATCH if granularity in (None, "mlp") else 2
+    rows = 2 if layer in contract.compact_layers else BATCH
     shape = rows, contract.kv_heads, PAST, contract.head_dim
     routed: list[Tensor] = []
     if granularity is not None:

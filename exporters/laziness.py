@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from mskip.compressor.progress import Progress, silent
+from mskip.exporters.builder import branch_prefix
 from mskip.exporters.contract import Contract
-from mskip.exporters.lowering import branch_prefix
 from mskip.exporters.opening import open_runner
 from mskip.exporters.runner import Ints
 

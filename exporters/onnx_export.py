@@ -29,7 +29,8 @@ from mskip.compressor.progress import Progress, silent
 from mskip.compressor.router import Routers
 from mskip.compressor.sublayers import require_unit
 from mskip.exporters.bodies import body_weights
-from mskip.exporters.contract import CONTRACT, Contract
+from mskip.exporters.buffer_builder import OPSET as BUFFER_OPSET
+from mskip.exporters.contract import CONTRACT, Contract, Target
 from mskip.exporters.fused import OPSET as FUSED_OPSET
 from mskip.exporters.lowering import routed_graph, static_graph
 from mskip.exporters.targets import PORTABLE, Form
@@ -37,6 +38,9 @@ from mskip.exporters.tracing import trace
 
 MODEL, DENSE, STATIC, CEILING = "model.onnx", "dense.onnx", "static.onnx", "ceiling.onnx"
 DATA = "model.onnx.data"
+
+
+_LEAST_OPSET: dict[Target, int] = {"ort": FUSED_OPSET, "trt": BUFFER_OPSET}
 
 
 def contract_of(
@@ -57,7 +61,7 @@ def contract_of(
         head_dim=head_dim,
         vocabulary=config.vocab_size,
         dtype=str(base.model.dtype).removeprefix("torch."),
-        opset=max(opset, FUSED_OPSET) if form.target == "ort" else opset,
+        opset=max(opset, _LEAST_OPSET.get(form.target, 0)),
         tau=tau,
         eos=ends if isinstance(ends, list) else [] if ends is None else [ends],
         pad=int(base.tokenizer.pad_token_id),

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mskip.exporters.contract import read_contract
-from mskip.exporters.fused_runner import FusedRunner
+from mskip.exporters.contract import Target, read_contract
+from mskip.exporters.fused_runner import BufferRunner, FusedRunner
 from mskip.exporters.onnx_export import MODEL
 from mskip.exporters.ort_runner import OrtRunner, contract_path, runtime
+
+_RUNNERS: dict[Target, type[OrtRunner]] = {
+    "portable": OrtRunner,
+    "ort": FusedRunner,
+    "trt": BufferRunner,
+}
 
 
 def open_runner(
@@ -26,5 +32,5 @@ def open_runner(
         ArtifactError: no such export, or one that the runtime refuses.
     """
     runtime()  # before a file is asked for that only it could use
-    fused = read_contract(contract_path(folder, file)).target == "ort"
-    return (FusedRunner if fused else OrtRunner)(folder, file, threads=threads, profile=profile)
+    target = read_contract(contract_path(folder, file)).target
+    return _RUNNERS[target](folder, file, threads=threads, profile=profile)

@@ -19,14 +19,14 @@ class Form:
         weights: how the weights of products are stored.
 
     Raises:
-        MskipError: rounded weights and standard operators.
+        MskipError: rounded weights and another target than "ort".
     """
 
     target: Target = "portable"
     weights: Weights = "float"
 
     def __post_init__(self) -> None:
-        if self.weights != "float" and self.target == "portable":
+        if self.weights != "float" and self.target != "ort":
             raise MskipError(
                 f"weights of {self.weights} need ONNX Runtime's own operators.",
                 f"Use: --target ort --weights {self.weights}",
@@ -34,8 +34,8 @@ class Form:
 
     @property
     def name(self) -> str:
-        """Of the folder and in reports: "onnx", "ort", "ort-int8", "ort-int4"."""
-        folder = {"portable": "onnx", "ort": "ort"}[self.target]
+        """Of the folder and in reports: "onnx", "ort", "ort-int8", "ort-int4", "tensorrt"."""
+        folder = {"portable": "onnx", "ort": "ort", "trt": "tensorrt"}[self.target]
         return folder if self.weights == "float" else f"{folder}-{self.weights}"
 
     @property

@@ -18,7 +18,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from transformers import PreTrainedModel
+from transformers import AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from mskip.compressor.router import Routers
 from mskip.compressor.routing import UNDECIDED
@@ -35,7 +36,7 @@ from mskip.exporters.bodies import Body, to_ir, trace_bodies, trace_decision
 from mskip.exporters.contract import Contract, Target
 from mskip.exporters.experts import NAME
 from mskip.exporters.fused import fused_forms
-from mskip.exporters.graph_cache import graph_cache
+from mskip.exporters.graph_cache import BufferCache, buffer_mask, graph_cache
 from mskip.exporters.layers import DOMAIN, LAYER, RoutedInputs, layer_weights, trace_layers
 from mskip.exporters.splicing import bound, initializer, moved, substitute
 
@@ -65,13 +66,13 @@ class _Trunk(nn.Module):
     bias: Tensor
 
     def __init__(
-        self, model: PreTrainedModel, routers: Routers, cache_name: str, target: Target
+        self, model: PreTrainedModel, routers: Routers, cache_name: str, contract: Contract
     ) -> None:
         super().__init__()
-        self.cache = graph_cache(target)
+        self.cache = graph_cache(contract.target)
         self.model = model
         self.layers = routers.layers
-        self.compact = routers.sublayers.cached
+        self.compact = contract.compact_layers
         self.cache_name = cache_name
         weight, bias = routers.folded()
         self.register_buffer("weight", weight)
@@ -91,8 +92,11 @@ class _Trunk(nn.Module):
         # A layer whose cache has a row for every sequence: its length is the model's.
         whole = next(i for i in range(len(past)) if i not in self.compact)
         cache = self.cache(past, past[whole][0].shape[2])
+        cache.positions = position_ids
         undecided = (routing == UNDECIDED).any()
         prompt_mask = attention_mask[:, -positions:]
+        if isinstance(cache, BufferCache):  # the mask is of the buffers' positions
+            prompt_mask = attention_mask.gather(1, position_ids)
         gates: list[Tensor] = []
         scores: list[Tensor] = []
 
@@ -105,7 +109,7 @@ class _Trunk(nn.Module):
                     self.bias[index],
                 ).tensors()  # fmt: skip
             key, value = past[layer]
-            present = key.shape[0], key.shape[1], cache.length + hidden.shape[1], key.shape[3]
+            present = key.shape[0], key.shape[1], cache.width(hidden.shape[1]), key.shape[3]
             decided = [(torch.bool, hidden.shape[:1]), (torch.float32, hidden.shape[:1])]
             results = [(hidden.dtype, hidden.shape), (key.dtype, present), (key.dtype, present)]
             results += decided if routed else []
@@ -176,11 +180,25 @@ def _traceable(model: PreTrainedModel, target: Target) -> Iterator[None]:
     if experts is not None:
         model.set_experts_implementation(NAME)
     try:
-        with fused_forms(model) if target == "ort" else _decomposed(model):
+        with fused_forms(model) if target == "ort" else _decomposed(model), _masks(target):
             yield
     finally:
         if experts is not None:
             model.set_experts_implementation(experts)
+
+
+@contextlib.contextmanager
+def _masks(target: Target) -> Iterator[None]:
+    """Masks of buffers are tables of their positions; the library's do not know such buffers."""
+    if target != "trt":
+        yield
+        return
+    usual = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+    AttentionMaskInterface.register("eager", buffer_mask)
+    try:
+        yield
+    finally:
+        AttentionMaskInterface.register("eager", usual)
 
 
 def _attend_with(model: PreTrainedModel, implementation: str) -> None:
@@ -218,7 +236,7 @@ def trace(model: PreTrainedModel, routers: Routers, contract: Contract) -> Trace
 
 def _caches(model: PreTrainedModel, routers: Routers, contract: Contract) -> Caches:
     """Examples of past keys and values; a routed layer has those of some rows only."""
-    rows = [2 if i in routers.sublayers.cached else BATCH for i in range(contract.layers)]
+    rows = [2 if i in contract.compact_layers else BATCH for i in range(contract.layers)]
     # Two tensors: the exporter takes one object given twice for one input.
     key, value = (
         [
@@ -237,7 +255,7 @@ def _trace_trunk(
     caches = _caches(model, routers, contract)
     args: tuple[Any, ...] = (
         torch.zeros(BATCH, POSITIONS, dtype=torch.int64),
-        torch.ones(BATCH, PAST + POSITIONS, dtype=torch.int64),
+        torch.ones(BATCH, PAST + (0 if contract.target == "trt" else POSITIONS), dtype=torch.int64),
         torch.arange(PAST, PAST + POSITIONS).expand(BATCH, -1).contiguous(),
         torch.ones(BATCH, routed, dtype=torch.int64),
         torch.full((routed,), 0.5),
@@ -247,13 +265,13 @@ def _trace_trunk(
     kv, two = {0: auto, 2: auto}, {0: auto, 1: auto}
     shapes: tuple[Any, ...] = (two, two, two, {0: auto}, None, [(kv, kv) for _ in caches])
     inputs = [spec.name for spec in contract.inputs()]
-    if contract.target == "ort":
+    if contract.buffered:
         args = (*args, torch.zeros(BATCH, 2, dtype=torch.int64))
         shapes = (*shapes, two)
         inputs.remove("logits_at")  # it is the last argument
         inputs.append("logits_at")
     names = inputs, [spec.name for spec in contract.outputs()]
-    trunk = _Trunk(model, routers, cache_name, contract.target)
+    trunk = _Trunk(model, routers, cache_name, contract)
     return to_ir(trunk, args, shapes, names, contract.opset)
 
 

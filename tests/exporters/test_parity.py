@@ -19,10 +19,10 @@ from mskip.compressor.errors import ArtifactError
 from mskip.compressor.recipe import Recipe, ValidationLimits, ValidationSpec
 from mskip.compressor.samples import run_samples
 from mskip.exporters import laziness, parity
+from mskip.exporters.builder import Builder, branch_prefix
 from mskip.exporters.contract import CONTRACT, UNSCORED
-from mskip.exporters.layers import DECISION, SUBLAYER
+from mskip.exporters.layers import SUBLAYER
 from mskip.exporters.laziness import branch_nodes, filled, measure_laziness
-from mskip.exporters.lowering import _Builder, branch_prefix
 from mskip.exporters.onnx_export import DATA, MODEL
 from mskip.exporters.parity import (
     LARGEST,
@@ -308,12 +308,10 @@ def test_attention_that_always_runs_is_caught(
 ) -> None:
     """The usual wrong graph computes every attention and ignores what was not asked for."""
     model = exported.base.model.model
-    builder = _Builder(
+    builder = Builder(
         exported.traced, lambda layer: dict(model.layers[layer].self_attn.named_parameters())
     )
-    known = builder.known_decisions()
-    for node in builder.placeholders(DECISION):
-        builder.conditional_decision(node, known)
+    builder.take_decisions()
     for node in builder.placeholders(SUBLAYER):
         builder.inline_sublayer(node)
     graph = builder.finish(exported.contract)
