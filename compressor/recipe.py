@@ -260,7 +260,7 @@ class ExportSpec(_Spec):
     """The exported graph."""
 
     target: Literal["onnx"] = _key("onnx", "Format of the graph.")
-    opset: int = _key(20, "ONNX opset, 18..24.", ge=18, le=24)
+    opset: int = _key(20, "ONNX opset, 18..23.", ge=18, le=23)
     dtype: Literal["float32"] = _key("float32", "Type of weights and activations.")
 
 

@@ -17,7 +17,7 @@ from mskip.compressor.errors import ArtifactError
 from mskip.compressor.files import read_json, write_json
 from mskip.compressor.sublayers import Granularity
 
-FORMAT = 4
+FORMAT = 5
 CONTRACT = "contract.json"
 """File of the routed graph's contract in an export."""
 UNSCORED = -1.0
@@ -73,6 +73,7 @@ class Contract:
             ``logits_at``. For "trt", the mask says of each position in the buffers whether it is
             attended to, and every buffer has a row for every sequence.
         weights: how the weights of products are stored.
+        capacity: positions that a buffer has, where the graph fixes it; 0 where it does not.
     """
 
     layers: int
@@ -90,10 +91,12 @@ class Contract:
     compensation_rank: int = 0
     target: Target = "portable"
     weights: Weights = "float"
+    capacity: int = 0
 
-    def kv_axes(self, layer: int, length: str) -> list[str | int]:
+    def kv_axes(self, layer: int, length: str | int) -> list[str | int]:
         """Axes of a layer's keys or values; ``length`` is the symbol of its positions."""
-        length = CAPACITY if self.buffered else length
+        if self.buffered:
+            length = self.capacity or CAPACITY
         rows = f"rows_{layer}" if layer in self.compact_layers else BATCH
         return [rows, self.kv_heads, length, self.head_dim]
 
@@ -117,7 +120,7 @@ class Contract:
     def inputs(self) -> list[TensorSpec]:
         """Inputs in the order of the graph."""
         routed = len(self.routed_layers)
-        seen = CAPACITY if self.target == "trt" else TOTAL
+        seen = self.capacity or CAPACITY if self.target == "trt" else TOTAL
         specs = [
             TensorSpec("input_ids", "int64", [BATCH, SEQUENCE]),
             TensorSpec("attention_mask", "int64", [BATCH, seen]),

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mskip.compressor.errors import ArtifactError
 from mskip.exporters.contract import UNSCORED
 from mskip.exporters.ort_runner import OrtRunner
 from mskip.exporters.runner import UNDECIDED, Floats, Ints, State, selected
@@ -125,7 +126,7 @@ class FusedRunner(OrtRunner):
         chosen = list(rows)
         lengths = place.lengths[chosen]
         columns = int(lengths.max())
-        buffers = Buffers(2 * columns + ROOM, state.mask[chosen])
+        buffers = Buffers(self._room(columns), state.mask[chosen])
         for layer in self.contract.cached_layers:
             taken = self._cache_rows(layer, state.routing, rows)
             self._allocate(buffers, layer, len(taken))
@@ -189,7 +190,7 @@ class FusedRunner(OrtRunner):
         ids = np.take_along_axis(input_ids, columns_of, axis=1)
         positions = np.broadcast_to(np.arange(columns), ids.shape)
         at = np.clip(np.arange(columns) - first[:, None], 0, None)
-        buffers = Buffers(2 * columns + ROOM, mask)
+        buffers = Buffers(self._room(columns), mask)
         # Rows of a routed layer are known once it has decided; of a single row they do not matter.
         open_layers = set(self.contract.compact_layers) if batch > 1 else set()
         for layer in set(self.contract.cached_layers) - open_layers:
@@ -216,7 +217,7 @@ class FusedRunner(OrtRunner):
         lengths = place.lengths + new
         columns = int(lengths.max())
         if columns > buffers.capacity:
-            self._grow(buffers, 2 * columns, place.columns)
+            self._grow(buffers, self._room(columns), place.columns)
         at = np.broadcast_to(np.arange(new), input_ids.shape)
         positions = place.lengths[:, None] + np.arange(new)
         state, _ = self._call(
@@ -324,6 +325,10 @@ class FusedRunner(OrtRunner):
 
     # -- buffers --
 
+    def _room(self, columns: int) -> int:
+        """Positions that a buffer gets for so many."""
+        return 2 * columns + ROOM
+
     def _shape(self, rows: int, capacity: int) -> Sequence[int]:
         return (rows, self.contract.kv_heads, capacity, self.contract.head_dim)
 
@@ -354,6 +359,15 @@ class BufferRunner(FusedRunner):
 
     def _mask_columns(self, buffers: Buffers, attended: Ints) -> int:
         return buffers.capacity
+
+    def _room(self, columns: int) -> int:
+        capacity = self.contract.capacity
+        if columns > capacity:
+            raise ArtifactError(
+                f"a sequence of {columns} positions, but this graph was exported for {capacity}.",
+                f"Export with: --profile context={columns} or more.",
+            )
+        return capacity
 
 
 def untouched(shape: Sequence[int], dtype: np.dtype[Any]) -> npt.NDArray[Any]:

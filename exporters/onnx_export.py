@@ -40,6 +40,8 @@ MODEL, DENSE, STATIC, CEILING = "model.onnx", "dense.onnx", "static.onnx", "ceil
 DATA = "model.onnx.data"
 
 
+CONTEXT = 4096
+"""Positions that a sequence can have where the graph fixes their number, if nothing is said."""
 _LEAST_OPSET: dict[Target, int] = {"ort": FUSED_OPSET, "trt": BUFFER_OPSET}
 
 
@@ -49,8 +51,18 @@ def contract_of(
     tau: list[float],
     opset: int,
     form: Form = PORTABLE,
+    context: int = CONTEXT,
 ) -> Contract:
-    """The contract of a model's routed graph."""
+    """The contract of a model's routed graph.
+
+    Args:
+        base: the model.
+        routers: its routers.
+        tau: of each.
+        opset: at least so new.
+        form: of the graph.
+        context: positions of a sequence, where the graph fixes them (target "trt").
+    """
     config = base.model.config.get_text_config()
     ends = base.model.generation_config.eos_token_id
     kv_heads, head_dim = _cached_shape(base)
@@ -70,6 +82,7 @@ def contract_of(
         compensation_rank=routers.sublayers.compensation_rank,
         target=form.target,
         weights=form.weights,
+        capacity=context if form.target == "trt" else 0,
     )
 
 

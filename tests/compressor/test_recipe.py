@@ -219,7 +219,7 @@ def test_anchors_and_merge_keys_are_no_repetition(write: Write) -> None:
         ("tuning.seed=4294967296", "it should be less than 4294967296"),
         ("data.max_samples=0", "'data.max_samples' is 0, it should be greater than or equal to 1"),
         ("export.opset=17", "'export.opset' is 17, it should be greater than or equal to 18"),
-        ("export.opset=25", "'export.opset' is 25, it should be less than or equal to 24"),
+        ("export.opset=25", "'export.opset' is 25, it should be less than or equal to 23"),
         ("validation.prompts=0", "it should be greater than or equal to 1"),
         ("bench.batches=[1, x]", "'bench.batches[1]' is 'x', it should be a valid integer"),
         ("name.part=x", "'name' is {'part': 'x'}, it should be a string, in quotes"),
