@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mskip.cli import console, tables
+from mskip.cli.exporting import export
 from mskip.cli.options import (
     AsJson,
     GraphTarget,
@@ -164,44 +165,7 @@ def calibrate(
         tables.next_step(opened.path, following)
 
 
-@app.command(rich_help_panel="Steps of a run", epilog="Example: mskip export --target ort")
-def export(
-    run: RunFolder = None,
-    onnx: Annotated[
-        bool, typer.Option("--onnx", metavar="", help="ONNX graph (the default).")
-    ] = False,
-    trt: Annotated[
-        bool, typer.Option("--trt", metavar="", help="TensorRT engine: not yet.")
-    ] = False,
-    triton: Annotated[
-        bool, typer.Option("--triton", metavar="", help="Triton repository: not yet.")
-    ] = False,
-    target: GraphTarget = Target.portable,
-    weights: GraphWeights = Weights.float,
-    as_json: AsJson = False,
-) -> None:
-    """Export the conditional graph, with its contract and tokenizer."""
-    from mskip.compressor.errors import MskipError
-
-    for wanted, what in ((trt, "--trt (TensorRT)"), (triton, "--triton (Triton Inference Server)")):
-        if wanted:
-            raise MskipError(
-                f"not in this version of mskip: export {what}.",
-                "There is: mskip export --onnx (ONNX, for ONNX Runtime).",
-            )
-    from mskip.compressor.artifact import open_run
-
-    opened = open_run(run)
-    opened.calibration()  # before the model is loaded
-    from mskip.exporters.onnx_export import export_run
-    from mskip.exporters.targets import Form
-
-    form = Form(target.value, weights.value)
-    with working(opened.recipe().model) as (base, progress):
-        report = export_run(opened, base, progress, form)
-    console.emit(report, as_json, lambda value: tables.exported(value, opened.path))
-    if not as_json:
-        tables.next_step(opened.path, f"mskip validate{form.options}")
+app.command(rich_help_panel="Steps of a run", epilog="Example: mskip export --target ort")(export)
 
 
 @app.command(rich_help_panel="Steps of a run", epilog="Example: mskip validate runs/smollm2-135m")

@@ -180,6 +180,34 @@ def exported(report: dict[str, Any], run: Path) -> None:
     say(console.shown(run / report["file"]), whole=True)
 
 
+def built(report: dict[str, Any], run: Path) -> None:
+    """What the engine is, and what its conditionals hold."""
+    capabilities = report["compute_capabilities"]
+    behind = report["behind_conditions"]
+    table(
+        "Built",
+        ["", ""],
+        [
+            ["builder", report["builder"]],
+            [
+                "for compute capability",
+                capabilities if isinstance(capabilities, str) else ", ".join(capabilities),
+            ],
+            ["precision", report["precision"]],
+            ["layers", str(report["layers"])],
+            ["conditionals", str(report["conditions"])],
+            ["products they can skip", f"{sum(behind.values())} of {len(behind)} sublayers"],
+            ["products outside", str(len(report["outside"]))],
+            ["engine", size(report["bytes"])],
+            ["peak memory", size(report["peak_rss_bytes"])],
+            ["time", seconds(report["seconds"])],
+            ["executed", "not run: needs the GPU that it is for"],
+        ],
+    )
+    say()
+    say(console.shown(run / report["file"]), whole=True)
+
+
 def _value(value: float | None) -> str:
     return "not run" if value is None else f"{value:.6g}" if abs(value) >= 1e-3 else f"{value:.2g}"
 

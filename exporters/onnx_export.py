@@ -179,9 +179,20 @@ def export_onnx(
 
 
 def export_run(
-    run: Run, base: BaseModel, progress: Progress = silent, form: Form = PORTABLE
+    run: Run,
+    base: BaseModel,
+    progress: Progress = silent,
+    form: Form = PORTABLE,
+    context: int = CONTEXT,
 ) -> dict[str, Any]:
     """Export a calibrated run to ``onnx/``, or in another form to the folder of its name.
+
+    Args:
+        run: its folder.
+        base: its model, in the type that the graph is to have.
+        progress: one unit a part.
+        form: of the graph.
+        context: positions of a sequence, see `contract_of`.
 
     Returns:
         The report, as saved in ``reports/export.json`` (``export-<form>.json``).
@@ -196,7 +207,7 @@ def export_run(
     recipe = run.recipe()
     routers = load_routers(run, base)
     calibration = run.calibration()
-    contract = contract_of(base, routers, calibration["tau"], recipe.export.opset, form)
+    contract = contract_of(base, routers, calibration["tau"], recipe.export.opset, form, context)
     place = form.folder(run)
     removed = static_peer_layers(run, routers.layers, calibration["target"])
     with whole_folder(place) as folder:

@@ -1,0 +1,148 @@
+"""`mskip export`: the graph in a target's form, and the engine that is built from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mskip.cli import console, tables
+from mskip.cli.options import (
+    AsJson,
+    GraphTarget,
+    GraphWeights,
+    RunFolder,
+    Target,
+    Weights,
+)
+from mskip.cli.session import working
+
+if TYPE_CHECKING:
+    from mskip.compressor.artifact import Run
+    from mskip.exporters.trt_engine import Build
+
+_TENSORRT = "TensorRT"
+_PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+def export(
+    run: RunFolder = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", metavar="", help="ONNX graph (the default).")
+    ] = False,
+    trt: Annotated[
+        bool,
+        typer.Option("--trt", metavar="", help="TensorRT engine, from a graph with --target trt."),
+    ] = False,
+    triton: Annotated[
+        bool, typer.Option("--triton", metavar="", help="Triton repository: not yet.")
+    ] = False,
+    target: GraphTarget = Target.portable,
+    weights: GraphWeights = Weights.float,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="fp32|fp16|bf16",
+            help="Type of the graph for TensorRT; fp16 if left out.",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZES",
+            help="Least, likeliest, largest sizes: 'batch=1,4,8 seq=1,512,2048 context=4096'.",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = None,
+    trt_builder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tensorrt|tensorrt-rtx",
+            help="Builder; the first that can build here if left out.",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = None,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X.Y",
+            help="Build for this GPU, none needed here (tensorrt-rtx); repeatable.",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = None,
+    workspace: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GIB", min=0.0, help="Largest scratch memory.", rich_help_panel=_TENSORRT
+        ),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Where measured kernels are kept.", rich_help_panel=_TENSORRT
+        ),
+    ] = None,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", metavar="", help="All that the builder logs.", rich_help_panel=_TENSORRT
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Export the conditional graph, with its contract and tokenizer."""
+    from mskip.compressor.errors import MskipError
+
+    if triton:
+        raise MskipError(
+            "not in this version of mskip: export --triton (Triton Inference Server).",
+            "There is: mskip export (ONNX), mskip export --trt (TensorRT).",
+        )
+    if precision not in (None, *_PRECISIONS):
+        raise typer.BadParameter(f"--precision is one of {', '.join(_PRECISIONS)}.")
+    from mskip.compressor.artifact import open_run
+
+    if trt:
+        if target is Target.ort:
+            raise typer.BadParameter("--trt builds from a graph with --target trt.")
+        target = Target.trt
+    opened = open_run(run)
+    opened.calibration()  # before the model is loaded
+    from mskip.exporters.onnx_export import export_run
+    from mskip.exporters.targets import Form
+    from mskip.exporters.trt_profile import Profile, parse_profile
+
+    form = Form(target.value, weights.value)
+    if target is not Target.trt and (precision or profile):
+        raise typer.BadParameter("--precision and --profile are for --trt and --target trt.")
+    sizes = Profile() if profile is None else parse_profile(profile)
+    build: Build | None = None
+    if trt:
+        from mskip.exporters.trt_builders import choose
+        from mskip.exporters.trt_engine import Build
+
+        capabilities = compute_capability or []
+        build = Build(
+            choose(trt_builder, capabilities), sizes, capabilities, workspace, timing_cache, verbose
+        )
+    spec = opened.recipe().model
+    if target is Target.trt:
+        spec = spec.model_copy(update={"dtype": _PRECISIONS[precision or "fp16"]})
+    with working(spec) as (base, progress):
+        report = export_run(opened, base, progress, form, sizes.context)
+    if build is not None:
+        _engine(opened, build, as_json)
+        return
+    console.emit(report, as_json, lambda value: tables.exported(value, opened.path))
+    if not as_json:
+        tables.next_step(opened.path, f"mskip validate{form.options}")
+
+
+def _engine(run: Run, build: Build, as_json: bool) -> None:
+    from mskip.exporters.trt_engine import engine_run
+
+    with console.progress() as progress:
+        report = engine_run(run, build, progress)
+    console.emit(report, as_json, lambda value: tables.built(value, run.path))
