@@ -46,26 +46,36 @@ def look_at(network: Any, contract: Contract) -> Conditionals:
     prefixes = {
         branch_prefix(layer, contract.granularity): layer for layer in contract.routed_layers
     }
-    lazy: set[str] = set()
-    for number in range(network.num_layers):
-        layer = network.get_layer(number)
+    layers = [network.get_layer(number) for number in range(network.num_layers)]
+    lazy = _lazy(layers)
+    for number, layer in enumerate(layers):
         kind = layer.type.name
         found.layers[kind] += 1
         found.conditions += kind == "CONDITION"
-        inside = kind == "CONDITIONAL_INPUT" or any(
-            tensor is not None and tensor.name in lazy
-            for tensor in (layer.get_input(each) for each in range(layer.num_inputs))
-        )
-        if inside and kind != "CONDITIONAL_OUTPUT":
-            outputs = (layer.get_output(each) for each in range(layer.num_outputs))
-            lazy.update(tensor.name for tensor in outputs if tensor is not None)
-        if kind not in _HEAVY:
-            continue
         of = next((prefixes[each] for each in prefixes if layer.name.startswith(each)), None)
-        if of is None:
+        if kind not in _HEAVY or of is None:
             continue
-        if inside:
+        if number in lazy:
             found.behind[of] += 1
         else:
             found.outside.append(layer.name)
+    return found
+
+
+def _lazy(layers: list[Any]) -> set[int]:
+    """Numbers of the layers that hang on a conditional's input; those come after what they feed."""
+    readers: dict[str, list[int]] = {}
+    for number, layer in enumerate(layers):
+        for tensor in (layer.get_input(each) for each in range(layer.num_inputs)):
+            if tensor is not None:
+                readers.setdefault(tensor.name, []).append(number)
+    found: set[int] = set()
+    todo = [n for n, layer in enumerate(layers) if layer.type.name == "CONDITIONAL_INPUT"]
+    while todo:
+        layer = layers[todo.pop()]
+        for tensor in (layer.get_output(each) for each in range(layer.num_outputs)):
+            for reader in readers.get(tensor.name, []) if tensor is not None else []:
+                if reader not in found and layers[reader].type.name != "CONDITIONAL_OUTPUT":
+                    found.add(reader)
+                    todo.append(reader)
     return found
