@@ -278,12 +278,13 @@ class ValidationLimits(_Spec):
 
 
 class RoundedLimits(_Spec):
-    """What an engine with weights of 8 or 4 bits has to reach against PyTorch with all bits."""
+    """What an engine with fewer bits has to reach against PyTorch with all of them."""
 
     decision_agreement: Share = _key(0.98, "Min share of equal decisions, 0..1.")
     kl: NonNeg = _key(0.02, "Max mean KL of next tokens, in nats, decisions forced equal; >= 0.")
     next_token_match: Share = _key(0.95, "Min share of equal likeliest next tokens, 0..1.")
     quality_difference: NonNeg = _key(0.02, "Max |KL engine - KL torch|, in nats; >= 0.")
+    batch_invariance_max_abs: NonNeg = _key(1e-3, "Max |logits alone - logits batched|; >= 0.")
 
 
 class ValidationSpec(_Spec):
@@ -298,6 +299,16 @@ class ValidationSpec(_Spec):
             decision_agreement=0.95, kl=0.1, next_token_match=0.85, quality_difference=0.1
         ),
         "In place of some of them, with --weights int4.",
+    )
+    float16: RoundedLimits = _key(
+        RoundedLimits(
+            kl=0.002, next_token_match=0.97, quality_difference=0.005, batch_invariance_max_abs=0.1
+        ),
+        "In place of some of them, with --precision fp16.",
+    )
+    bfloat16: RoundedLimits = _key(
+        RoundedLimits(decision_agreement=0.95, next_token_match=0.93, batch_invariance_max_abs=1.0),
+        "In place of some of them, with --precision bf16.",
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
+from onnx_ir.traversal import RecursiveGraphIterator
 
 from mskip.exporters.builder import (
     Builder,
@@ -149,7 +150,26 @@ class BufferBuilder(Builder):
             )
             self.graph.insert_before(node, write)
             substitute(self.graph, node, list(write.outputs))
+        self._known_sizes(positions)
         self.graph.opset_imports[""] = self.model.opset_imports[""] = OPSET
+
+    def _known_sizes(self, positions: ir.Value) -> None:
+        """Sizes that the trace took from keys and values: of the batch, or fixed."""
+        capacity = self.traced.contract.capacity
+        for node in list(RecursiveGraphIterator(self.graph)):
+            source = node.inputs[0] if node.op_type == "Shape" else None
+            if source is None or not (source.name or "").startswith("past_key_values."):
+                continue
+            if node.attributes["start"].as_int() == 0:
+                node.replace_input_with(0, positions)
+                continue
+            fixed = tape.Tape()
+            size = constant(fixed, np.array([capacity], dtype=np.int64))
+            owner = node.graph
+            assert owner is not None
+            owner.insert_before(node, list(fixed.nodes))
+            ir.convenience.replace_all_uses_with(node.outputs[0], size)
+            owner.remove(node, safe=True)
 
 
 def _makers(values: list[ir.Value], among: set[ir.Node]) -> set[ir.Node]:

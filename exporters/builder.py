@@ -338,10 +338,10 @@ class Builder:
             quantise_products(self.graph, contract.weights)
         share_tied_head(self.graph)
         fold_transposes(self.graph)
+        self.last_forms()
         # What every layer computes from the same tables, once; their constants have to be one.
         common.DeduplicateInitializersPass(size_limit=_SMALL)(self.model)
         common.CommonSubexpressionEliminationPass()(self.model)
-        self.last_forms()
         common.RemoveUnusedNodesPass()(self.model)
         for name in [n for n, v in self.graph.initializers.items() if not v.uses()]:
             self.graph.initializers.pop(name)

@@ -21,6 +21,7 @@ from mskip.compressor.progress import Progress, silent
 from mskip.compressor.recipe import RoundedLimits, ValidationSpec
 from mskip.compressor.samples import run_samples
 from mskip.compressor.sublayers import require_unit
+from mskip.exporters.contract import Contract
 from mskip.exporters.laziness import measure_laziness
 from mskip.exporters.opening import open_runner
 from mskip.exporters.runner import Floats, Ints, Runner, State, left_padded
@@ -262,28 +263,28 @@ def _log_probs(logits: Floats) -> npt.NDArray[np.float64]:
 def gates_of(report: dict[str, Any], spec: ValidationSpec) -> list[Gate]:
     """The gates of a validation report.
 
-    Rounded weights change every logit and some tokens, so distributions are compared in their
-    place; what does not depend on weights is held to the same limits.
+    Fewer bits change every logit and some tokens, so distributions are compared in their place;
+    what does not depend on numbers is held to the same limits.
     """
     invariance, lazy, measured = report["batch_invariance"], report["laziness"], report["quality"]
     difference = abs(measured["kl_engine"] - measured["kl_torch"])
     agreement, limits = report["decisions"]["agreement"], spec.limits
-    if report["weights"] == "float":
+    if report["rounded"] is None:
         numbers = [
             at_least("decision agreement", agreement, limits.decision_agreement),
             at_most("logits max abs", report["logits"]["max_abs"], limits.logits_max_abs),
             at_most("logits max rel", report["logits"]["max_rel"], limits.logits_max_rel),
             at_least("greedy token match", report["tokens"]["match"], limits.token_match),
         ]
-        most = limits.quality_difference
+        most, batched = limits.quality_difference, limits.batch_invariance_max_abs
     else:
-        rounded: RoundedLimits = getattr(spec, report["weights"])
+        rounded: RoundedLimits = getattr(spec, report["rounded"])
         numbers = [
             at_least("decision agreement", agreement, rounded.decision_agreement),
             at_most("KL to PyTorch", report["logits"]["kl"], rounded.kl),
             at_least("next token match", report["tokens"]["next_match"], rounded.next_token_match),
         ]
-        most = rounded.quality_difference
+        most, batched = rounded.quality_difference, rounded.batch_invariance_max_abs
     return [
         *numbers,
         at_most(
@@ -292,10 +293,19 @@ def gates_of(report: dict[str, Any], spec: ValidationSpec) -> list[Gate]:
             limits.skipped_branch_nodes,
         ),
         at_least("execute / skip time", lazy["ratio"], limits.laziness_ratio),
-        at_most("batch invariance max abs", invariance["max_abs"], limits.batch_invariance_max_abs),
+        at_most("batch invariance max abs", invariance["max_abs"], batched),
         at_least("batch invariance decisions", float(invariance["decisions_equal"]), 1.0),
         at_most("KL engine - KL PyTorch", difference, most),
     ]
+
+
+def _rounded(contract: Contract, base: BaseModel) -> str | None:
+    """Which limits of fewer bits an engine is held to; None where it has the model's."""
+    if contract.weights != "float":
+        return contract.weights
+    return (
+        None if contract.dtype == str(base.model.dtype).removeprefix("torch.") else contract.dtype
+    )
 
 
 def validate_run(
@@ -332,12 +342,13 @@ def validate_run(
         invariance = batch_invariance(engine, prompts, progress)
         scored = samples[: recipe.evaluation.prompts]
         measured = quality(reference, engine, scored, progress)
-    name = engine.name
-    del engine
+    name, rounded = engine.name, _rounded(engine.contract, base)
+    del engine  # others are opened, and there is memory for one
     report: dict[str, Any] = {
         "status": "",
         "engine": name,
         "weights": form.weights,
+        "rounded": rounded,
         "gates": [],
         "decisions": {
             "calls": found.calls,

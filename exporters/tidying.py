@@ -98,6 +98,8 @@ def _constant(value: ir.Value | None) -> bool:
 def before_branch(branch: ir.Graph, given: list[ir.Value], graph: ir.Graph) -> list[ir.Node]:
     """Take the nodes out of a branch that only read ``given``: every layer computes the same.
 
+    They are named anew, since they run whatever is decided.
+
     Args:
         branch: reads ``given`` from outside.
         given: values of ``graph``.
@@ -120,6 +122,7 @@ def before_branch(branch: ir.Graph, given: list[ir.Value], graph: ir.Graph) -> l
                 branch.initializers.pop(value.name)
                 graph.register_initializer(value)
         branch.remove(node)
+        node.name = f"before.{node.name}"
         outside.update(node.outputs)
         outside.update(constants)
         taken.append(node)

@@ -332,7 +332,7 @@ def test_attention_that_always_runs_is_caught(
 # -- gates ------------------------------------------------------------------------------------
 
 GOOD = {
-    "weights": "float",
+    "rounded": None,
     "decisions": {"agreement": 1.0},
     "logits": {"max_abs": 1e-5, "max_rel": 1e-5, "kl": 1e-9},
     "tokens": {"match": 1.0, "next_match": 1.0},
@@ -393,7 +393,7 @@ def test_rounded_weights_have_gates_of_their_own(
 ) -> None:
     for weights, value in (("int8", int8), ("int4", int4)):
         report: dict[str, Any] = copy.deepcopy(GOOD)
-        report["weights"] = weights
+        report["rounded"] = weights
         # What rounding changes by nature has no gate.
         report["logits"]["max_abs"], report["tokens"]["match"] = 9.0, 0.0
         assert failed_gates(report, ValidationLimits()) == []
