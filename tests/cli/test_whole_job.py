@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,21 @@ SMALL = [
     *("bench.decode_steps=1", "validation.limits.laziness_ratio=0"),
 ]
 OVERRIDES = [part for each in SMALL for part in ("--set", each)]
+
+
+def tensorrt(done: Callable[..., str], run: Path) -> None:
+    """The graph for TensorRT, and an engine where there is a builder."""
+    small = ("--profile", "batch=1,2,4 seq=1,64,128 context=128")
+    assert "opset 24" in done("export", "--target", "trt", "--precision", "fp32", *small)
+    assert "validation passed" in done("validate", "--target", "trt")
+    assert (run / "tensorrt/model.onnx").is_file()
+    if find_spec("tensorrt_rtx_bindings"):
+        engines = ("--compute-capability", "8.9", "--compute-capability", "12.0")
+        assert "products outside" in done("export", "--trt", *engines, *small)
+        built = json.loads((run / "reports/tensorrt.json").read_text())
+        assert built["bytes"] == (run / "tensorrt/model.engine").stat().st_size > 10_000
+        assert built["precision"] == "float16"
+        assert set(built["behind_conditions"].values()) == {9}
 
 
 def test_the_commands_in_a_row(mskip, tiny_folder):
@@ -53,7 +70,10 @@ def test_the_commands_in_a_row(mskip, tiny_folder):
     for name in ("export", "validate", "bench"):
         assert (run / f"reports/{name}.json").is_file()
         assert (run / f"reports/{name}-ort.json").is_file()
-    assert mskip("export", "--target", "trt").exit_code == 2
+    tensorrt(done, run)
+    assert mskip("export", "--target", "onnx").exit_code == 2
+    for refused in (["--target", "ort", "--trt"], ["--precision", "fp16"], ["--precision", "x"]):
+        assert mskip("export", *refused).exit_code == 2
     assert "routed" in done("eval")
     assert "scores.png" in done("inspect")
     assert "report.html" in done("report")
