@@ -248,11 +248,18 @@ def bench(
     """Time dense, routed, all-execute, all-skip and static engines, interleaved."""
     batches, contexts = _counts(batch, "--batch"), _counts(context, "--context")
     from mskip.compressor.artifact import open_run
+    from mskip.compressor.errors import MskipError
     from mskip.exporters.kernels import profile_run
     from mskip.exporters.speed import bench_run
     from mskip.exporters.targets import Form
 
     opened, form = open_run(run), Form(target.value, weights.value)
+    if target is Target.trt:
+        raise MskipError(
+            "not run: an engine needs its GPU, and on ONNX Runtime the graph for TensorRT attends "
+            "over whole buffers, so its time says nothing.",
+            "Time what runs here: mskip bench --target ort",
+        )
     if profile:
         with console.progress() as progress:
             report = profile_run(opened, form, contexts[0] if contexts else None, progress)

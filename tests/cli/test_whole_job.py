@@ -72,6 +72,7 @@ def test_the_commands_in_a_row(mskip, tiny_folder):
         assert (run / f"reports/{name}-ort.json").is_file()
     tensorrt(done, run)
     assert mskip("export", "--target", "onnx").exit_code == 2
+    assert "not run" in mskip("bench", "--target", "trt").stderr
     for refused in (["--target", "ort", "--trt"], ["--precision", "fp16"], ["--precision", "x"]):
         assert mskip("export", *refused).exit_code == 2
     assert "routed" in done("eval")
