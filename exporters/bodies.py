@@ -7,9 +7,12 @@ the size of what is held do not grow with the number of routed layers.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import io
 import logging
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +58,10 @@ def to_ir(
     # One warning for each torchvision operator that is not there, and nobody needs.
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+    with (
+        warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad(),
+        _operators_once(),
+    ):  # fmt: skip
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module.eval(),
@@ -74,6 +80,31 @@ def to_ir(
     cancel_reshapes(model.graph)
     common.RemoveUnusedNodesPass()(model)
     return model
+
+
+@contextlib.contextmanager
+def _operators_once() -> Iterator[None]:
+    """torch.onnx reads the sources of its operators anew for each export, a second every time.
+
+    Here they are read for the first one, where this version of torch has them in the known place.
+    """
+    kind = getattr(
+        importlib.import_module("torch.onnx._internal.exporter._registration"), "ONNXRegistry", None
+    )
+    original = vars(kind).get("from_torchlib") if kind is not None else None
+    if kind is None or original is None:
+        yield
+        return
+    kind.from_torchlib = staticmethod(_remembering(kind.from_torchlib))
+    try:
+        yield
+    finally:
+        kind.from_torchlib = original
+
+
+@functools.cache
+def _remembering(read: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.cache(read)
 
 
 def body_weights(model: PreTrainedModel, sublayers: Sublayers, layer: int) -> dict[str, Tensor]:
