@@ -182,17 +182,14 @@ def exported(report: dict[str, Any], run: Path) -> None:
 
 def built(report: dict[str, Any], run: Path) -> None:
     """What the engine is, and what its conditionals hold."""
-    capabilities = report["compute_capabilities"]
+    capabilities = ", ".join(report["compute_capabilities"])
     behind = report["behind_conditions"]
     table(
         "Built",
         ["", ""],
         [
             ["builder", report["builder"]],
-            [
-                "for compute capability",
-                capabilities if isinstance(capabilities, str) else ", ".join(capabilities),
-            ],
+            ["for compute capability", capabilities or "the GPU of its machine"],
             ["precision", report["precision"]],
             ["layers", str(report["layers"])],
             ["conditionals", str(report["conditions"])],

@@ -67,6 +67,12 @@ _EVAL_SHAPE = {
 }
 _TASKS_SHAPE = {"capacity": _N, "tasks": {}, "average": {"value": _N, "stderr": _N}}
 _VALIDATE_SHAPE = {"gates": [{}], "decisions": {"flips": [{}]}}
+_TENSORRT_SHAPE = {
+    "bytes": _N,
+    "compute_capabilities": [],
+    "behind_conditions": {},
+    "outside": [],
+}
 _INPUTS = {
     "router": _Input("router_config.json", "mskip tune", {"base_model": {}, "layers": [_N]}),
     "tune": _Input("reports/tune.json", "mskip tune", _TUNE_SHAPE),
@@ -75,6 +81,7 @@ _INPUTS = {
     "validate": _Input("reports/validate.json", "mskip validate", _VALIDATE_SHAPE),
     "bench": _Input("reports/bench.json", "mskip bench", {"rows": [dict.fromkeys(_BENCH, _N)]}),
     "export": _Input("reports/export.json", "mskip export", {"bytes": _N}),
+    "tensorrt": _Input("reports/tensorrt.json", "mskip export --trt", _TENSORRT_SHAPE),
     "sweep": _Input("reports/sweep.json", "mskip sweep", {"series": {}, "dense_perplexity": _N}),
     "tasks": _Input("reports/tasks.json", "mskip eval --tasks paper", {"rows": [_TASKS_SHAPE]}),
 }

@@ -172,7 +172,7 @@ def engine_run(run: Run, build: Build, progress: Progress = silent) -> dict[str,
     report = {
         "builder": build.builder.title,
         "file": f"{folder.name}/{ENGINE}",
-        "compute_capabilities": list(build.capabilities) or "of the machine that built it",
+        "compute_capabilities": list(build.capabilities),
         "precision": contract.dtype,
         "profiles": [
             {name: [list(shape) for shape in shapes] for name, shapes in each.items()}

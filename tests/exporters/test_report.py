@@ -139,6 +139,19 @@ INPUTS = {
         "if_nodes": 16,
         "checker": "passed",
     },
+    "reports/tensorrt.json": {
+        "file": "tensorrt/model.engine",
+        "builder": "tensorrt-rtx 1.7.1",
+        "compute_capabilities": ["8.9", "12.0"],
+        "precision": "float16",
+        "bytes": 383_000_000,
+        "seconds": 85.2,
+        "peak_rss_bytes": 2_800_000_000,
+        "layers": 8706,
+        "conditions": 32,
+        "behind_conditions": {"15": 9, "16": 9},
+        "outside": [],
+    },
     "reports/validate.json": {
         "status": "failed",
         "engine": "onnxruntime CPUExecutionProvider",
@@ -214,6 +227,7 @@ SECTIONS = {
     "reports/validate.json": (("parity",), "mskip validate"),
     "reports/bench.json": (("speed",), "mskip bench"),
     "reports/export.json": (("export",), "mskip export"),
+    "reports/tensorrt.json": (("tensorrt",), "mskip export --trt"),
 }
 FIGURES = ["capacity", "constraint", "latency", "quality", "scores", "sensitivity", "sweep"]
 
@@ -276,7 +290,7 @@ def test_full_run_fills_every_section(full):
     assert re.findall(r'<section id="(\w+)">', html) == [
         *("summary", "quality", "worth", "sweep", "tasks", "capacity", "scores"),
         *("constraint", "sensitivity"),
-        *("calibration", "parity", "speed", "export", "reading"),
+        *("calibration", "parity", "speed", "export", "tensorrt", "reading"),
     ]
     assert 'class="absent"' not in html
     seen = words(html)
@@ -341,6 +355,9 @@ def test_tables_hold_the_numbers(full):
     assert "onnxruntime 1 512 0.500 0.500 100 104 80.0 60.0 55.0 1.25× 89% 1.04× 5 3.0%" in speed
     assert speed.index("prefill") < speed.index("decode")
     assert "539 MB" in words(section(html, "export"))
+    engine = words(section(html, "tensorrt"))
+    assert "8.9, 12.0" in engine
+    assert "18 of 2 routed sublayers; 0 outside" in engine
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -348,7 +365,7 @@ def test_missing_input_is_not_run_and_leaves_the_rest(html_of, name):
     html = html_of({key: value for key, value in INPUTS.items() if key != name})
     sections, command = SECTIONS[name]
     assert f"not run: <code>{command}</code>" in html
-    assert len(re.findall("<section ", html)) == 14
+    assert len(re.findall("<section ", html)) == 15
     for each in sections:
         assert f"not run: <code>{command}</code>" in section(html, each)
         assert "<table" not in section(html, each)
