@@ -20,6 +20,7 @@ from mskip.cli.session import working
 
 if TYPE_CHECKING:
     from mskip.compressor.artifact import Run
+    from mskip.compressor.errors import MskipError
     from mskip.exporters.trt_engine import Build
 
 _TENSORRT = "TensorRT"
@@ -146,3 +147,14 @@ def _engine(run: Run, build: Build, as_json: bool) -> None:
     with console.progress() as progress:
         report = engine_run(run, build, progress)
     console.emit(report, as_json, lambda value: tables.built(value, run.path))
+
+
+def engine_not_run(remedy: str) -> MskipError:
+    """Why no engine is executed: there is no GPU, or nothing yet that would run it."""
+    import torch
+
+    from mskip.compressor.errors import MskipError
+
+    device = torch.cuda.is_available()
+    reason = "this version of mskip has no runner for engines" if device else "no CUDA device"
+    return MskipError(f"TensorRT engine: not run: {reason}.", remedy)

@@ -59,6 +59,11 @@ GraphTarget = Annotated[
 ]
 
 
+OnEngine = Annotated[
+    bool, typer.Option("--trt", metavar="", help="The TensorRT engine, on the GPU that it is for.")
+]
+
+
 class Weights(StrEnum):
     """How weights are stored."""
 

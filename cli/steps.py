@@ -8,11 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from mskip.cli import console, tables
-from mskip.cli.exporting import export
+from mskip.cli.exporting import engine_not_run, export
 from mskip.cli.options import (
     AsJson,
     GraphTarget,
     GraphWeights,
+    OnEngine,
     Output,
     Overrides,
     Quick,
@@ -173,10 +174,14 @@ def validate(
     run: RunFolder = None,
     target: GraphTarget = Target.portable,
     weights: GraphWeights = Weights.float,
+    trt: OnEngine = False,
     as_json: AsJson = False,
 ) -> None:
     """Prove the export against PyTorch; exit status 3 when a gate fails."""
     from mskip.compressor.artifact import open_run
+
+    if trt:
+        target = Target.trt
 
     opened = open_run(run)
     opened.calibration()
@@ -186,9 +191,19 @@ def validate(
     form = Form(target.value, weights.value)
     with working(opened.recipe().model) as (base, progress):
         report = validate_run(opened, base, progress, form)
+    unproved = None
+    if trt:
+        unproved = engine_not_run("The graph that it was built from is proved by ONNX Runtime.")
+        report["not_run"] = unproved.message
+        report["gates"] += [
+            {**gate, "name": f"engine: {gate['name']}", "value": None, "passed": None}
+            for gate in report["gates"]
+        ]
     console.emit(report, as_json, tables.validated)
     if report["status"] != "passed":
         raise typer.Exit(GATE_FAILED)
+    if unproved is not None:
+        raise typer.Exit(unproved.status) if as_json else unproved
     if not as_json:
         tables.next_step(opened.path, f"mskip bench{form.options}")
 
@@ -237,6 +252,7 @@ def bench(
     repeats: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Timed rounds; likewise.")
     ] = None,
+    trt: OnEngine = False,
     profile: Annotated[
         bool,
         typer.Option("--profile", help="Instead show where the time goes, by kind of node."),
@@ -248,18 +264,14 @@ def bench(
     """Time dense, routed, all-execute, all-skip and static engines, interleaved."""
     batches, contexts = _counts(batch, "--batch"), _counts(context, "--context")
     from mskip.compressor.artifact import open_run
-    from mskip.compressor.errors import MskipError
     from mskip.exporters.kernels import profile_run
     from mskip.exporters.speed import bench_run
     from mskip.exporters.targets import Form
 
     opened, form = open_run(run), Form(target.value, weights.value)
-    if target is Target.trt:
-        raise MskipError(
-            "not run: an engine needs its GPU, and on ONNX Runtime the graph for TensorRT attends "
-            "over whole buffers, so its time says nothing.",
-            "Time what runs here: mskip bench --target ort",
-        )
+    if trt or target is Target.trt:
+        # On ONNX Runtime its graph attends over whole buffers, so its time says nothing.
+        raise engine_not_run("Time what runs here: mskip bench --target ort")
     if profile:
         with console.progress() as progress:
             report = profile_run(opened, form, contexts[0] if contexts else None, progress)

@@ -51,7 +51,7 @@ class BuilderRow:
 
 
 BUILDERS = [
-    BuilderRow("tensorrt", ("tensorrt",), "pip install tensorrt", crosses=False),
+    BuilderRow("tensorrt", ("tensorrt",), "pip install tensorrt-cu13", crosses=False),
     BuilderRow(
         "tensorrt-rtx",
         ("tensorrt_rtx", "tensorrt_rtx_bindings"),

@@ -26,7 +26,12 @@ def tensorrt(mskip: Any, done: Callable[..., str], run: Path) -> None:
     small = ("--profile", "batch=1,2,4 seq=1,64,128 context=128")
     assert "opset 24" in done("export", "--target", "trt", "--precision", "fp32", *small)
     assert "validation passed" in done("validate", "--target", "trt")
-    assert "not run" in mskip("bench", "--target", "trt").stderr
+    unrun = mskip("validate", "--trt")
+    assert unrun.exit_code == 1
+    assert "engine: greedy token match" in unrun.stdout
+    for asked in (unrun, mskip("bench", "--target", "trt"), mskip("bench", "--trt")):
+        assert "TensorRT engine: not run" in asked.stderr
+        assert asked.exit_code == 1
     assert (run / "tensorrt/model.onnx").is_file()
     if find_spec("tensorrt_rtx_bindings"):
         engines = ("--compute-capability", "8.9", "--compute-capability", "12.0")
