@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from test_trt_graph import CAPACITY, ROUTED, STATIC, TAU, exported
+from trt_export import CAPACITY, ROUTED, exported
 
 if TYPE_CHECKING:
     from mskip.exporters.trt_builders import Chosen
@@ -38,7 +38,7 @@ def build_of(rtx: Chosen, **settings: Any) -> Any:
 @pytest.fixture(scope="module")
 def graph(make_tokenizer: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("graph")
-    exported("llama", "attention", make_tokenizer(), folder)
+    exported(folder, make_tokenizer())
     return folder
 
 
@@ -67,20 +67,11 @@ def test_engine_of_a_routed_graph(rtx: Chosen, graph: Path) -> None:
 def test_engine_in_half_precision(
     rtx: Chosen, make_tokenizer: Callable[..., Any], tmp_path: Path, dtype: str
 ) -> None:
-    import torch
-    from architectures import make
-    from random_routers import routers_of
-
-    from mskip.compressor.models import BaseModel
-    from mskip.exporters.onnx_export import contract_of, export_onnx
-    from mskip.exporters.targets import Form
+    from mskip.exporters.contract import read_contract
     from mskip.exporters.trt_engine import build_engine
 
-    model = make("llama").to(getattr(torch, dtype))
-    base = BaseModel(model, make_tokenizer(), None, "")  # type: ignore[arg-type]
-    routers = routers_of(ROUTED, "attention", compensated=False)
-    contract = contract_of(base, routers, TAU, 20, Form("trt"), CAPACITY)
-    export_onnx(base, routers, contract, tmp_path, [STATIC])
+    exported(tmp_path, make_tokenizer(), dtype=dtype, compensated=False)
+    contract = read_contract(tmp_path / "contract.json")
     engine, conditionals, _ = build_engine(tmp_path, contract, build_of(rtx))
     assert engine.nbytes > 10_000
     assert conditionals.behind == dict.fromkeys(ROUTED, 7)
@@ -111,19 +102,12 @@ def test_attention_outside_of_its_conditional_fails(
 def test_graph_of_another_target_is_refused_with_the_builders_words(
     rtx: Chosen, make_tokenizer: Callable[..., Any], tmp_path: Path
 ) -> None:
-    from architectures import make
-    from random_routers import routers_of
-
     from mskip.compressor.errors import ModelError
-    from mskip.compressor.models import BaseModel
-    from mskip.exporters.onnx_export import contract_of, export_onnx
-    from mskip.exporters.targets import Form
+    from mskip.exporters.contract import read_contract
     from mskip.exporters.trt_engine import build_engine
 
-    base = BaseModel(make("llama"), make_tokenizer(), None, "")  # type: ignore[arg-type]
-    routers = routers_of(ROUTED, "attention", compensated=False)
-    contract = contract_of(base, routers, TAU, 20, Form("ort"))
-    export_onnx(base, routers, contract, tmp_path, [STATIC])
+    exported(tmp_path, make_tokenizer(), target="ort")
+    contract = read_contract(tmp_path / "contract.json")
     with pytest.raises(ModelError, match=r"cannot parse the graph: .*GroupQueryAttention"):
         build_engine(tmp_path, contract, build_of(rtx))
 

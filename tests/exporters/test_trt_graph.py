@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from architectures import MODELS, make
-from random_routers import routers_of
+from trt_export import CAPACITY, ROUTED, exported
 
 if TYPE_CHECKING:
     from mskip.compressor.models import BaseModel
     from mskip.compressor.router import Routers
-    from mskip.compressor.sublayers import Granularity
     from mskip.exporters.fused_runner import BufferRunner
     from mskip.exporters.torch_runner import TorchRunner
 
-ROUTED, STATIC, TAU, CAPACITY = [1, 2, 3], 2, [0.5, 0.5, 0.5], 32
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [3, 4], [20, 21, 22, 23, 24], [30], [40] * 6]
 MIXED = np.array([[1, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 0], [1, 1, 0], [0, 0, 1]])
 FORCED = [None, MIXED, np.zeros_like(MIXED), np.ones_like(MIXED)]
@@ -47,21 +45,7 @@ def made(
     """Model, routers and their export."""
     name, kind = request.param
     folder = tmp_path_factory.mktemp("trt")
-    return (*exported(name, kind, make_tokenizer(), folder), folder)
-
-
-def exported(
-    name: str, kind: Granularity, tokenizer: Any, folder: Path
-) -> tuple[BaseModel, Routers]:
-    from mskip.compressor.models import BaseModel
-    from mskip.exporters.onnx_export import contract_of, export_onnx
-    from mskip.exporters.targets import Form
-
-    base = BaseModel(make(name), tokenizer, None, "")  # type: ignore[arg-type]
-    routers = routers_of(ROUTED, kind, compensated=True)
-    contract = contract_of(base, routers, TAU, 20, Form("trt"), CAPACITY)
-    export_onnx(base, routers, contract, folder, [STATIC])
-    return base, routers
+    return (*exported(folder, make_tokenizer(), name, kind), folder)
 
 
 @pytest.fixture
@@ -191,20 +175,13 @@ def test_half_precision_stays_near_pytorch_in_float32(
     make_tokenizer: Callable[..., Any], tmp_path: Path, dtype: str, limit: float
 ) -> None:
     """The types of an engine are its graph's; relative to the largest logit."""
-    import torch
-
     from mskip.compressor.models import BaseModel
-    from mskip.exporters.onnx_export import contract_of, export_onnx
     from mskip.exporters.opening import open_runner
-    from mskip.exporters.targets import Form
     from mskip.exporters.torch_runner import TorchRunner
 
-    tokenizer, routers = make_tokenizer(), routers_of(ROUTED, "attention", compensated=True)
+    tokenizer = make_tokenizer()
     whole = BaseModel(make("llama"), tokenizer, None, "")  # type: ignore[arg-type]
-    model = make("llama").to(getattr(torch, dtype))
-    half = BaseModel(model, tokenizer, None, "")  # type: ignore[arg-type]
-    contract = contract_of(half, routers, TAU, 20, Form("trt"), CAPACITY)
-    export_onnx(half, routers, contract, tmp_path, [STATIC])
+    _, routers = exported(tmp_path, tokenizer, dtype=dtype)
     ids = np.array([PROMPTS[1]])
     try:
         engine = open_runner(tmp_path, threads=1)
