@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mskip.exporters.contract import Target
+from mskip.exporters.contract import WITH_CAPACITY, Target
 
 
 class GraphCache:
@@ -100,13 +100,14 @@ class BufferCache(GraphCache):
 
 WRITE = "mskip::CacheWrite"
 
-PENDING: ContextVar[tuple[FusedCache, int]] = ContextVar("pending")
+PENDING: ContextVar[tuple[GraphCache, int]] = ContextVar("pending")
 
 
 def graph_cache(target: Target) -> type[GraphCache]:
     """The class of cache that a target's attention works with."""
-    classes: dict[Target, type[GraphCache]] = {"ort": FusedCache, "trt": BufferCache}
-    return classes.get(target, GraphCache)
+    if target in WITH_CAPACITY:
+        return BufferCache
+    return FusedCache if target == "ort" else GraphCache
 
 
 def buffer_mask(
@@ -133,8 +134,9 @@ def buffer_mask(
     Returns:
         [batch, 1, sequence, capacity].
     """
-    queries = q_offset + torch.arange(q_length)[:, None]
-    rows = torch.arange(batch_size)[:, None, None, None]
-    visible = mask_function(rows, 0, queries, torch.arange(kv_length)[None, None, None])
-    visible = visible & attention_mask[:, None, None]
+    device = attention_mask.device
+    queries = q_offset + torch.arange(q_length, device=device)[:, None]
+    rows = torch.arange(batch_size, device=device)[:, None, None, None]
+    keys = torch.arange(kv_length, device=device)[None, None, None]
+    visible = mask_function(rows, 0, queries, keys) & attention_mask[:, None, None]
     return torch.where(visible, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)

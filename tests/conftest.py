@@ -6,6 +6,7 @@ pure functions starts at once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
     from mskip.compressor.encoding import Batch
     from mskip.compressor.router import Routers
+
+# Kernels run on the CPU. Triton reads this when it is imported, and torch may import it.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 VOCABULARY = 97
 BOS, EOS, PAD, START = "<s>", "<|im_end|>", "<pad>", "<|im_start|>"
