@@ -26,8 +26,11 @@ UNSCORED = -1.0
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "past + sequence"
 CAPACITY, KEPT = "capacity", "kept"
 
-Target = Literal["portable", "ort", "trt"]
-"""Standard operators only, the fused forms of ONNX Runtime, or what TensorRT can build."""
+Target = Literal["portable", "ort", "trt", "trt-plugin"]
+"""Standard operators only, the fused forms of ONNX Runtime, or what TensorRT builds: conditionals,
+or operators of mskip's own that a plugin carries out."""
+WITH_CAPACITY: tuple[Target, ...] = "trt", "trt-plugin"
+"""Targets whose buffers have a fixed number of positions."""
 Weights = Literal["float", "int8", "int4"]
 """As the model has them, or rounded to 8 or 4 bits in blocks."""
 
@@ -70,8 +73,8 @@ class Contract:
         target: which operators the graph may use. For all but "portable", keys and values lie in
             buffers with room for more positions than are in them, the real tokens of a row come
             first (padding on the right), and logits are given for the columns named in
-            ``logits_at``. For "trt", the mask says of each position in the buffers whether it is
-            attended to, and every buffer has a row for every sequence.
+            ``logits_at``. For "trt" and "trt-plugin", the mask says of each position in the buffers
+            whether it is attended to, and every buffer has a row for every sequence.
         weights: how the weights of products are stored.
         capacity: positions that a buffer has, where the graph fixes it; 0 where it does not.
     """
@@ -108,7 +111,7 @@ class Contract:
     @property
     def compact_layers(self) -> list[int]:
         """Decoder layers whose cache has a row for executing sequences only."""
-        every = self.granularity == "mlp" or self.target == "trt"
+        every = self.granularity == "mlp" or self.target in WITH_CAPACITY
         return [] if every else self.routed_layers
 
     @property
@@ -120,7 +123,7 @@ class Contract:
     def inputs(self) -> list[TensorSpec]:
         """Inputs in the order of the graph."""
         routed = len(self.routed_layers)
-        seen = self.capacity or CAPACITY if self.target == "trt" else TOTAL
+        seen = self.capacity or CAPACITY if self.target in WITH_CAPACITY else TOTAL
         specs = [
             TensorSpec("input_ids", "int64", [BATCH, SEQUENCE]),
             TensorSpec("attention_mask", "int64", [BATCH, seen]),

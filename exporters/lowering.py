@@ -7,8 +7,9 @@ import onnx_ir as ir
 
 from mskip.exporters.buffer_builder import BufferBuilder
 from mskip.exporters.builder import Builder, Weights, layer_of
-from mskip.exporters.contract import Contract
+from mskip.exporters.contract import Contract, Target
 from mskip.exporters.layers import SUBLAYER
+from mskip.exporters.plugin_builder import PluginBuilder
 from mskip.exporters.tracing import Traced
 
 
@@ -41,4 +42,7 @@ def static_graph(traced: Traced, weights: Weights, contract: Contract) -> ir.Mod
 
 
 def _builder(traced: Traced, weights: Weights) -> Builder:
-    return (BufferBuilder if traced.contract.target == "trt" else Builder)(traced, weights)
+    return _BUILDERS.get(traced.contract.target, Builder)(traced, weights)
+
+
+_BUILDERS: dict[Target, type[Builder]] = {"trt": BufferBuilder, "trt-plugin": PluginBuilder}

@@ -30,7 +30,7 @@ from mskip.compressor.router import Routers
 from mskip.compressor.sublayers import require_unit
 from mskip.exporters.bodies import body_weights
 from mskip.exporters.buffer_builder import OPSET as BUFFER_OPSET
-from mskip.exporters.contract import CONTRACT, Contract, Target
+from mskip.exporters.contract import CONTRACT, WITH_CAPACITY, Contract, Target
 from mskip.exporters.fused import OPSET as FUSED_OPSET
 from mskip.exporters.lowering import routed_graph, static_graph
 from mskip.exporters.targets import PORTABLE, Form
@@ -42,7 +42,10 @@ DATA = "model.onnx.data"
 
 CONTEXT = 4096
 """Positions that a sequence can have where the graph fixes their number, if nothing is said."""
-_LEAST_OPSET: dict[Target, int] = {"ort": FUSED_OPSET, "trt": BUFFER_OPSET}
+_LEAST_OPSET: dict[Target, int] = {
+    "ort": FUSED_OPSET,
+    **dict.fromkeys(WITH_CAPACITY, BUFFER_OPSET),
+}
 
 
 def contract_of(
@@ -61,7 +64,7 @@ def contract_of(
         tau: of each.
         opset: at least so new.
         form: of the graph.
-        context: positions of a sequence, where the graph fixes them (target "trt").
+        context: positions of a sequence, where the graph fixes them (targets for TensorRT).
     """
     config = base.model.config.get_text_config()
     ends = base.model.generation_config.eos_token_id
@@ -82,7 +85,7 @@ def contract_of(
         compensation_rank=routers.sublayers.compensation_rank,
         target=form.target,
         weights=form.weights,
-        capacity=context if form.target == "trt" else 0,
+        capacity=context if form.target in WITH_CAPACITY else 0,
     )
 
 

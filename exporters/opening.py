@@ -13,6 +13,7 @@ _RUNNERS: dict[Target, type[OrtRunner]] = {
     "portable": OrtRunner,
     "ort": FusedRunner,
     "trt": BufferRunner,
+    "trt-plugin": BufferRunner,
 }
 
 

@@ -9,6 +9,13 @@ from mskip.compressor.artifact import Run
 from mskip.compressor.errors import ArtifactError, MskipError
 from mskip.exporters.contract import CONTRACT, Target, Weights
 
+_FOLDERS: dict[Target, str] = {
+    "portable": "onnx",
+    "ort": "ort",
+    "trt": "tensorrt",
+    "trt-plugin": "tensorrt-plugin",
+}
+
 
 @dataclass(frozen=True)
 class Form:
@@ -34,8 +41,8 @@ class Form:
 
     @property
     def name(self) -> str:
-        """Of the folder and in reports: "onnx", "ort", "ort-int8", "ort-int4", "tensorrt"."""
-        folder = {"portable": "onnx", "ort": "ort", "trt": "tensorrt"}[self.target]
+        """Of the folder and in reports, such as "onnx", "ort-int8", "tensorrt"."""
+        folder = _FOLDERS[self.target]
         return folder if self.weights == "float" else f"{folder}-{self.weights}"
 
     @property

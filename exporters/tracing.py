@@ -10,7 +10,8 @@ together: the same trace gives the routed, the dense and the static graph.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +34,12 @@ from mskip.exporters.arguments import (
     tensors_of,
 )
 from mskip.exporters.bodies import Body, to_ir, trace_bodies, trace_decision
-from mskip.exporters.contract import Contract, Target
+from mskip.exporters.contract import WITH_CAPACITY, Contract, Target
 from mskip.exporters.experts import NAME
 from mskip.exporters.fused import fused_forms
 from mskip.exporters.graph_cache import BufferCache, buffer_mask, graph_cache
 from mskip.exporters.layers import DOMAIN, LAYER, RoutedInputs, layer_weights, trace_layers
+from mskip.exporters.routed_ops import routed_forms
 from mskip.exporters.splicing import bound, initializer, moved, substitute
 
 Caches = list[tuple[Tensor, Tensor]]
@@ -180,7 +182,7 @@ def _traceable(model: PreTrainedModel, target: Target) -> Iterator[None]:
     if experts is not None:
         model.set_experts_implementation(NAME)
     try:
-        with fused_forms(model) if target == "ort" else _decomposed(model), _masks(target):
+        with _FORMS.get(target, _decomposed)(model), _masks(target):
             yield
     finally:
         if experts is not None:
@@ -190,7 +192,7 @@ def _traceable(model: PreTrainedModel, target: Target) -> Iterator[None]:
 @contextlib.contextmanager
 def _masks(target: Target) -> Iterator[None]:
     """Masks of buffers are tables of their positions; the library's do not know such buffers."""
-    if target != "trt":
+    if target not in WITH_CAPACITY:
         yield
         return
     usual = ALL_MASK_ATTENTION_FUNCTIONS["eager"]
@@ -199,6 +201,12 @@ def _masks(target: Target) -> Iterator[None]:
         yield
     finally:
         AttentionMaskInterface.register("eager", usual)
+
+
+_FORMS: dict[Target, Callable[[PreTrainedModel], AbstractContextManager[None]]] = {
+    "ort": fused_forms,
+    "trt-plugin": routed_forms,
+}
 
 
 def _attend_with(model: PreTrainedModel, implementation: str) -> None:
@@ -253,9 +261,10 @@ def _trace_trunk(
 ) -> ir.Model:
     routed = len(routers.layers)
     caches = _caches(model, routers, contract)
+    seen = PAST if contract.target in WITH_CAPACITY else PAST + POSITIONS
     args: tuple[Any, ...] = (
         torch.zeros(BATCH, POSITIONS, dtype=torch.int64),
-        torch.ones(BATCH, PAST + (0 if contract.target == "trt" else POSITIONS), dtype=torch.int64),
+        torch.ones(BATCH, seen, dtype=torch.int64),
         torch.arange(PAST, PAST + POSITIONS).expand(BATCH, -1).contiguous(),
         torch.ones(BATCH, routed, dtype=torch.int64),
         torch.full((routed,), 0.5),
