@@ -9,6 +9,7 @@ import typer
 
 from mskip.cli import console, tables
 from mskip.cli.options import (
+    FOR_TENSORRT,
     AsJson,
     GraphTarget,
     GraphWeights,
@@ -21,7 +22,7 @@ from mskip.cli.session import working
 if TYPE_CHECKING:
     from mskip.compressor.artifact import Run
     from mskip.compressor.errors import MskipError
-    from mskip.exporters.trt_engine import Build
+    from mskip.exporters.trt_engine import Build, Mode
 
 _TENSORRT = "TensorRT"
 _PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -65,6 +66,15 @@ def export(
             rich_help_panel=_TENSORRT,
         ),
     ] = None,
+    trt_mode: Annotated[
+        str | None,
+        typer.Option(
+            metavar="if|plugin",
+            help="What skips: conditionals, or plugins row by row (needs TensorRT itself). Left "
+            "out: plugins for batches where the builder has them.",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = None,
     compute_capability: Annotated[
         list[str] | None,
         typer.Option(
@@ -103,20 +113,21 @@ def export(
         )
     if precision not in (None, *_PRECISIONS):
         raise typer.BadParameter(f"--precision is one of {', '.join(_PRECISIONS)}.")
+    if trt_mode not in (None, "if", "plugin"):
+        raise typer.BadParameter("--trt-mode is if or plugin.")
     from mskip.compressor.artifact import open_run
 
-    if trt:
-        if target is Target.ort:
-            raise typer.BadParameter("--trt builds from a graph with --target trt.")
-        target = Target.trt
+    if trt and target is Target.ort:
+        raise typer.BadParameter("--trt builds from a graph with --target trt or trt-plugin.")
+    if trt_mode is not None and not trt:
+        raise typer.BadParameter("--trt-mode is for --trt; a graph alone has --target trt-plugin.")
     opened = open_run(run)
     opened.calibration()  # before the model is loaded
     from mskip.exporters.onnx_export import export_run
     from mskip.exporters.targets import Form
     from mskip.exporters.trt_profile import Profile, parse_profile
 
-    form = Form(target.value, weights.value)
-    if target is not Target.trt and (precision or profile):
+    if not trt and target not in FOR_TENSORRT and (precision or profile):
         raise typer.BadParameter("--precision and --profile are for --trt and --target trt.")
     sizes = Profile() if profile is None else parse_profile(profile)
     build: Build | None = None
@@ -125,11 +136,16 @@ def export(
         from mskip.exporters.trt_engine import Build
 
         capabilities = compute_capability or []
-        build = Build(
-            choose(trt_builder, capabilities), sizes, capabilities, workspace, timing_cache, verbose
-        )
+        plugins = trt_mode == "plugin" or target is Target.trt_plugin
+        builder = choose(trt_builder, capabilities, plugins=plugins)
+        if trt_mode is None and sizes.batch[2] > 1:
+            plugins = plugins or builder.row.plugins
+        mode: Mode = "plugin" if plugins else "if"
+        build = Build(builder, sizes, capabilities, workspace, timing_cache, verbose, mode)
+        target = Target(build.form.target)
+    form = Form(target.value, weights.value)
     spec = opened.recipe().model
-    if target is Target.trt:
+    if target in FOR_TENSORRT:
         spec = spec.model_copy(update={"dtype": _PRECISIONS[precision or "fp16"]})
     with working(spec) as (base, progress):
         report = export_run(opened, base, progress, form, sizes.context)

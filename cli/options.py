@@ -46,15 +46,19 @@ class Target(StrEnum):
     portable = "portable"
     ort = "ort"
     trt = "trt"
+    trt_plugin = "trt-plugin"
+
+
+FOR_TENSORRT = Target.trt, Target.trt_plugin
 
 
 GraphTarget = Annotated[
     Target,
     typer.Option(
         "--target",
-        metavar="portable|ort|trt",
+        metavar="portable|ort|trt|trt-plugin",
         help="Standard operators, ONNX Runtime's fused ones with keys and values in place, or what "
-        "TensorRT builds.",
+        "TensorRT builds: conditionals, or plugins.",
     ),
 ]
 

@@ -10,6 +10,7 @@ import typer
 from mskip.cli import console, tables
 from mskip.cli.exporting import engine_not_run, export
 from mskip.cli.options import (
+    FOR_TENSORRT,
     AsJson,
     GraphTarget,
     GraphWeights,
@@ -269,7 +270,7 @@ def bench(
     from mskip.exporters.targets import Form
 
     opened, form = open_run(run), Form(target.value, weights.value)
-    if trt or target is Target.trt:
+    if trt or target in FOR_TENSORRT:
         # On ONNX Runtime its graph attends over whole buffers, so its time says nothing.
         raise engine_not_run("Time what runs here: mskip bench --target ort")
     if profile:

@@ -227,6 +227,8 @@ def validated(report: dict[str, Any]) -> None:
     for flip in flips[:5]:
         say("flip: " + ", ".join(f"{key} {value}" for key, value in flip.items()), WARNED)
     say(f"{tokens['prompts']} prompts, {tokens['steps']} greedy steps each")
+    if report["laziness"] is None:
+        say("not run: what a skip saves, which shows in TensorRT's plugin alone", WARNED)
     say(Text.assemble("validation ", verdict(report["status"] == "passed")))
 
 

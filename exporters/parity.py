@@ -7,7 +7,7 @@ as they fall, logits with the decisions forced equal.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,17 +39,17 @@ class Gate:
 
     Attributes:
         name: what is measured.
-        value: what was found.
+        value: what was found; None where it was not measured.
         limit: what is asked for.
         comparison: ">=" or "<=": how the value must stand to the limit.
-        passed: whether it does.
+        passed: whether it does; None where it was not measured.
     """
 
     name: str
-    value: float
+    value: float | None
     limit: float
     comparison: str
-    passed: bool
+    passed: bool | None
 
 
 def at_least(name: str, value: float, limit: float) -> Gate:
@@ -267,6 +267,8 @@ def gates_of(report: dict[str, Any], spec: ValidationSpec) -> list[Gate]:
     what does not depend on numbers is held to the same limits.
     """
     invariance, lazy, measured = report["batch_invariance"], report["laziness"], report["quality"]
+    # What does its work in operators of ours is lazy as a plugin only, not as their functions.
+    nodes, ratio = (lazy["skipped_branch_nodes"], lazy["ratio"]) if lazy else (0, 0.0)
     difference = abs(measured["kl_engine"] - measured["kl_torch"])
     agreement, limits = report["decisions"]["agreement"], spec.limits
     if report["rounded"] is None:
@@ -285,14 +287,15 @@ def gates_of(report: dict[str, Any], spec: ValidationSpec) -> list[Gate]:
             at_least("next token match", report["tokens"]["next_match"], rounded.next_token_match),
         ]
         most, batched = rounded.quality_difference, rounded.batch_invariance_max_abs
+    lazily = [
+        at_most("nodes run in skipped branches", nodes, limits.skipped_branch_nodes),
+        at_least("execute / skip time", ratio, limits.laziness_ratio),
+    ]
+    if lazy is None:
+        lazily = [replace(gate, value=None, passed=None) for gate in lazily]
     return [
         *numbers,
-        at_most(
-            "nodes run in skipped branches",
-            lazy["skipped_branch_nodes"],
-            limits.skipped_branch_nodes,
-        ),
-        at_least("execute / skip time", lazy["ratio"], limits.laziness_ratio),
+        *lazily,
         at_most("batch invariance max abs", invariance["max_abs"], batched),
         at_least("batch invariance decisions", float(invariance["decisions_equal"]), 1.0),
         at_most("KL engine - KL PyTorch", difference, most),
@@ -367,12 +370,14 @@ def validate_run(
             "match": found.matching / found.prompts,
             "next_match": found.next_matching / found.positions,
         },
-        "laziness": measure_laziness(folder, prompts, progress),
+        "laziness": None
+        if form.target == "trt-plugin"
+        else measure_laziness(folder, prompts, progress),
         "batch_invariance": invariance,
         "quality": measured,
     }
     gates = gates_of(report, spec)
     report["gates"] = [asdict(gate) for gate in gates]
-    report["status"] = "passed" if all(gate.passed for gate in gates) else "failed"
+    report["status"] = "failed" if any(gate.passed is False for gate in gates) else "passed"
     run.write_report(form.report("validate"), report)
     return report

@@ -28,12 +28,14 @@ class BuilderRow:
         modules: names under which it may be installed.
         install: command that installs it.
         crosses: whether it builds for compute capabilities that are named, without a GPU.
+        plugins: whether it has plugins in Python, compiled ahead of time.
     """
 
     name: str
     modules: tuple[str, ...]
     install: str
     crosses: bool
+    plugins: bool
 
     def module(self) -> Any:
         """Its Python module; None if it is not installed.
@@ -51,12 +53,13 @@ class BuilderRow:
 
 
 BUILDERS = [
-    BuilderRow("tensorrt", ("tensorrt",), "pip install tensorrt-cu13", crosses=False),
+    BuilderRow("tensorrt", ("tensorrt",), "pip install tensorrt-cu13", crosses=False, plugins=True),
     BuilderRow(
         "tensorrt-rtx",
         ("tensorrt_rtx", "tensorrt_rtx_bindings"),
         "pip install 'mskip[trt-rtx]'",
         crosses=True,
+        plugins=False,
     ),
 ]
 
@@ -96,7 +99,11 @@ class Chosen:
 
 
 def choose(
-    name: str | None, capabilities: Sequence[str], has_device: Callable[[], bool] = _has_device
+    name: str | None,
+    capabilities: Sequence[str],
+    has_device: Callable[[], bool] = _has_device,
+    *,
+    plugins: bool = False,
 ) -> Chosen:
     """The first builder that is installed and can build here.
 
@@ -104,6 +111,7 @@ def choose(
         name: one of `BUILDERS`; None for the first.
         capabilities: compute capabilities to build for; none for the GPU of this machine.
         has_device: whether this machine has one.
+        plugins: whether the graph needs some.
 
     Raises:
         MskipError: there is none; it says which command installs one.
@@ -114,6 +122,14 @@ def choose(
             f"no TensorRT builder {name!r}.",
             f"There are: {', '.join(row.name for row in BUILDERS)}.",
         )
+    if plugins:
+        rows = [row for row in rows if row.plugins]
+        if not rows:
+            raise MskipError(
+                f"{name} has no plugins.",
+                "Use --trt-mode if, or --trt-builder tensorrt on the machine with the GPU; the "
+                "graph alone: mskip export --target trt-plugin.",
+            )
     installed = [Chosen(row, module) for row in rows if (module := row.module()) is not None]
     if not installed:
         raise MskipError(

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mskip.compressor.artifact import Run
 from mskip.compressor.errors import ArtifactError, ModelError, MskipError
@@ -23,7 +23,7 @@ from mskip.exporters.trt_conditionals import Conditionals, look_at
 from mskip.exporters.trt_profile import Profile
 
 ENGINE = "model.engine"
-TRT = Form("trt")
+Mode = Literal["if", "plugin"]
 _GIB = 1 << 30
 
 
@@ -38,6 +38,7 @@ class Build:
         workspace: largest scratch memory in GiB; None leaves it to the builder.
         timing_cache: file that measured kernels are kept in.
         verbose: print all that the builder says to the error stream.
+        mode: whether conditionals skip, or plugins.
     """
 
     builder: Chosen
@@ -46,6 +47,12 @@ class Build:
     workspace: float | None = None
     timing_cache: Path | None = None
     verbose: bool = False
+    mode: Mode = "if"
+
+    @property
+    def form(self) -> Form:
+        """The form of the graph that it is built from."""
+        return Form("trt" if self.mode == "if" else "trt-plugin")
 
 
 def _recorder(trt: Any, verbose: bool) -> Any:
@@ -73,7 +80,7 @@ def build_engine(
     """Parse a graph and build its engine.
 
     Args:
-        folder: of the export, in the target "trt".
+        folder: of the export, in the build's form.
         contract: its contract.
         build: how.
         progress: one unit a part.
@@ -91,13 +98,20 @@ def build_engine(
     builder = trt.Builder(recorder)
     # Types are the graph's own; TensorRT 11 knows no other networks.
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    if build.mode == "plugin":
+        flags |= 1 << int(trt.NetworkDefinitionCreationFlag.PREFER_AOT_PYTHON_PLUGINS)
+        _plugins(trt, build)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, recorder)
+    if build.mode == "plugin":  # else the parser takes the functions in the file
+        parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
     if not parser.parse_from_file(str(folder / MODEL)):
         said = [str(parser.get_error(number)) for number in range(parser.num_errors)]
         raise _refused(build, "parse", said or recorder.errors)
     conditionals = look_at(network, contract)
-    if conditionals.outside or not all(conditionals.behind.values()):
+    if build.mode == "plugin":
+        _check_plugins(conditionals, contract, build)
+    elif conditionals.outside or not all(conditionals.behind.values()):
         raise ModelError(
             f"{build.builder.title} took {len(conditionals.outside)} products out of their "
             "conditionals: this engine would compute what it is to skip.",
@@ -114,6 +128,28 @@ def build_engine(
             temporary.write_bytes(bytes(cache.serialize()))
     progress("engine", 2, 2)
     return engine, conditionals, dict(recorder.counts)
+
+
+def _plugins(trt: Any, build: Build) -> None:
+    from mskip.exporters.trt_plugin import register
+
+    capability = next(iter(build.capabilities), None)
+    if capability is None:
+        import torch
+
+        capability = "{}.{}".format(*torch.cuda.get_device_capability())
+    register(trt, capability)
+
+
+def _check_plugins(found: Conditionals, contract: Contract, build: Build) -> None:
+    """Each layer's attention is a plugin, so the parser did not take the functions instead."""
+    kinds = [kind for kind in found.layers if kind.startswith("PLUGIN")]
+    if sum(found.layers[kind] for kind in kinds) < contract.layers:
+        raise ModelError(
+            f"{build.builder.title} put standard layers in the places of the plugins: this engine "
+            "would compute what it is to skip.",
+            "Use --trt-mode if; nothing was written.",
+        )
 
 
 def _configured(builder: Any, network: Any, contract: Contract, build: Build) -> Any:
@@ -147,7 +183,7 @@ def _refused(build: Build, what: str, said: Sequence[str]) -> MskipError:
 
 
 def engine_run(run: Run, build: Build, progress: Progress = silent) -> dict[str, Any]:
-    """Build the engine of a run that was exported in the target "trt".
+    """Build the engine of a run that was exported in the build's form.
 
     Returns:
         The report, as saved in ``reports/tensorrt.json``.
@@ -156,7 +192,7 @@ def engine_run(run: Run, build: Build, progress: Progress = silent) -> dict[str,
         ArtifactError: the run was not so exported, or for another context.
         ModelError: see `build_engine`.
     """
-    folder = TRT.exported(run)
+    folder = build.form.exported(run)
     contract = read_contract(contract_path(folder, MODEL))
     if contract.capacity != build.profile.context:
         raise ArtifactError(
@@ -174,6 +210,7 @@ def engine_run(run: Run, build: Build, progress: Progress = silent) -> dict[str,
         "file": f"{folder.name}/{ENGINE}",
         "compute_capabilities": list(build.capabilities),
         "precision": contract.dtype,
+        "mode": build.mode,
         "profiles": [
             {name: [list(shape) for shape in shapes] for name, shapes in each.items()}
             for each in build.profile.shapes(contract)

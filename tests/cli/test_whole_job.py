@@ -33,6 +33,14 @@ def tensorrt(mskip: Any, done: Callable[..., str], run: Path) -> None:
         assert "TensorRT engine: not run" in asked.stderr
         assert asked.exit_code == 1
     assert (run / "tensorrt/model.onnx").is_file()
+    assert done("export", "--target", "trt-plugin", "--precision", "fp32", *small)
+    proved = done("validate", "--target", "trt-plugin")
+    assert "validation passed" in proved
+    assert "not run: what a skip saves" in proved
+    assert mskip(
+        "export", "--trt", "--trt-mode", "plugin", "--trt-builder", "tensorrt-rtx"
+    ).exit_code
+    assert mskip("export", "--trt-mode", "if").exit_code == 2
     if find_spec("tensorrt_rtx_bindings"):
         engines = ("--compute-capability", "8.9", "--compute-capability", "12.0")
         assert "products outside" in done("export", "--trt", *engines, *small)

@@ -426,6 +426,17 @@ def test_looser_limits_let_more_through() -> None:
     assert failed_gates(report, loose) == []
 
 
+def test_laziness_that_was_not_measured_is_not_run() -> None:
+    """It neither passes nor fails: graphs of operators that a plugin carries out."""
+    report: dict[str, Any] = copy.deepcopy(GOOD)
+    report["laziness"] = None
+    gates = {gate.name: gate for gate in gates_of(report, ValidationSpec())}
+    unrun = {name for name, gate in gates.items() if gate.passed is None}
+    assert unrun == {"nodes run in skipped branches", "execute / skip time"}
+    assert {gates[name].value for name in unrun} == {None}
+    assert len(gates) == len(gates_of(GOOD, ValidationSpec()))
+
+
 def test_a_value_at_its_limit_passes() -> None:
     assert at_least("x", 1.0, 1.0).passed
     assert at_most("x", 1.0, 1.0).passed

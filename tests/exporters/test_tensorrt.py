@@ -193,6 +193,20 @@ def test_packages_that_only_say_where_the_real_ones_are_do_not_count(
     assert all(row.module() is None for row in BUILDERS)
 
 
+def test_plugins_need_a_builder_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT-RTX would take the functions in the file and compute every row."""
+    from mskip.compressor.errors import MskipError
+    from mskip.exporters import trt_builders
+
+    with pytest.raises(MskipError, match="tensorrt-rtx has no plugins") as refused:
+        trt_builders.choose("tensorrt-rtx", ["8.9"], plugins=True)
+    assert "--target trt-plugin" in refused.value.remedy
+    monkeypatch.setattr(trt_builders.BuilderRow, "module", lambda row: None)
+    with pytest.raises(MskipError, match=r"not installed: tensorrt\.") as refused:
+        trt_builders.choose(None, [], plugins=True)
+    assert "pip install tensorrt-cu13" in refused.value.remedy
+
+
 @pytest.mark.parametrize(
     ("text", "batch", "sequence", "context"),
     [
