@@ -41,6 +41,7 @@ from mskip.exporters.tidying import (
     fuse_sums_with_norms,
     into_branch,
     unname_unwanted,
+    unshadow,
 )
 from mskip.exporters.tracing import Traced
 from mskip.exporters.weight_layout import fold_transposes, share_tied_head
@@ -356,6 +357,7 @@ class Builder:
         self.model.opset_imports.pop(DOMAIN, None)
         common.TopologicalSortPass()(self.model)
         common.NameFixPass()(self.model)
+        unshadow(self.graph)
         unname_unwanted(self.graph)
         # The trace's notes are larger than the graph, and hold paths of this machine.
         common.ClearMetadataAndDocStringPass()(self.model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+from onnx_ir.traversal import RecursiveGraphIterator
 
 from mskip.exporters.fused import MICROSOFT
 
@@ -88,6 +89,28 @@ def unname_unwanted(graph: ir.Graph) -> None:
         if node.op_type == "SkipSimplifiedLayerNormalization":
             for value in node.outputs[1:3]:
                 value.name = ""
+
+
+def unshadow(graph: ir.Graph) -> None:
+    """Name what branches compute unlike anything outside of them, wherever it stands.
+
+    ONNX Runtime refuses a value in a branch that is named like one of the graph around it, even one
+    that comes after the branch; onnx-ir's own pass only looks at what comes before.
+    """
+    taken = {value.name for value in (*graph.inputs, *graph.initializers.values())}
+    taken |= {value.name for node in graph for value in node.outputs}
+    for node in RecursiveGraphIterator(graph):
+        owner = node.graph
+        if owner is graph or owner is None:
+            continue
+        for value in node.outputs:
+            name, number = f"{owner.name}{value.name}", 0
+            if not value.name or value.name not in taken:
+                continue
+            while name in taken:
+                name, number = f"{owner.name}{value.name}.{number}", number + 1
+            value.name = name
+            taken.add(name)
 
 
 def _constant(value: ir.Value | None) -> bool:
