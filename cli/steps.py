@@ -206,7 +206,10 @@ def validate(
     if unproved is not None:
         raise typer.Exit(unproved.status) if as_json else unproved
     if not as_json:
-        tables.next_step(opened.path, f"mskip bench{form.options}")
+        timed = target not in FOR_TENSORRT
+        tables.next_step(
+            opened.path, f"mskip bench{form.options}" if timed else "mskip export --trt"
+        )
 
 
 def _counts(text: str | None, option: str) -> list[int] | None:
