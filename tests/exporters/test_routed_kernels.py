@@ -153,7 +153,7 @@ for dtype in ("float32", "float16", "bfloat16") if every else ("bfloat16",):
         for each in made:
             target = each.ptx.split(".target ")[1].split()[0]
             arguments = each.ptx.split(".entry")[1].split(")")[0].count(".param")
-            print(each.name, each.shared, each.ptx.count("bra"), target, arguments)
+            print(each.name, each.shared, target, arguments)
 """
 
 
@@ -168,10 +168,9 @@ def test_compiles_without_a_gpu(capability: str, tmp_path: Any) -> None:
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == (24 if capability == "8.6" else 4)
-    for name, shared, branches, target, arguments in lines:
+    for name, shared, target, arguments in lines:
         assert int(arguments) == {"linear_kernel": 8, "attention_kernel": 11}[name]
         assert int(shared) <= 99 << 10  # of a program, on the smallest of these GPUs
-        assert int(branches) >= 1  # the early end
         assert target.rstrip("af,") == f"sm_{capability.replace('.', '')}"
     assert np.unique([line[0] for line in lines]).tolist() == ["attention_kernel", "linear_kernel"]
 
