@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mskip.cli import console, tables
 from mskip.cli.options import (
     FOR_TENSORRT,
+    GATE_FAILED,
     AsJson,
     GraphTarget,
     GraphWeights,
@@ -22,9 +23,11 @@ from mskip.cli.session import working
 if TYPE_CHECKING:
     from mskip.compressor.artifact import Run
     from mskip.compressor.errors import MskipError
+    from mskip.exporters.triton.repository import Deployment
     from mskip.exporters.trt_engine import Build, Mode
 
 _TENSORRT = "TensorRT"
+_TRITON = "Triton Inference Server, with --triton"
 _PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -38,7 +41,8 @@ def export(
         typer.Option("--trt", metavar="", help="TensorRT engine, from a graph with --target trt."),
     ] = False,
     triton: Annotated[
-        bool, typer.Option("--triton", metavar="", help="Triton repository: not yet.")
+        bool,
+        typer.Option("--triton", metavar="", help="Repository for Triton Inference Server."),
     ] = False,
     target: GraphTarget = Target.portable,
     weights: GraphWeights = Weights.float,
@@ -101,18 +105,88 @@ def export(
             "--verbose", metavar="", help="All that the builder logs.", rich_help_panel=_TENSORRT
         ),
     ] = False,
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="python|onnxruntime|tensorrt",
+            help="What holds the graph: the model that schedules requests, or a backend of Triton.",
+            rich_help_panel=_TRITON,
+        ),
+    ] = "python",
+    triton_target: Annotated[
+        str,
+        typer.Option(metavar="YY.MM", help="Release of Triton.", rich_help_panel=_TRITON),
+    ] = "26.07",
+    max_batch_size: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Sequences that decode together.", rich_help_panel=_TRITON
+        ),
+    ] = 16,
+    max_positions: Annotated[
+        int,
+        typer.Option(
+            min=2, metavar="N", help="Longest prompt and answer.", rich_help_panel=_TRITON
+        ),
+    ] = 2048,
+    instances: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Schedulers, each with its graph.", rich_help_panel=_TRITON
+        ),
+    ] = 1,
+    queue: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Requests that may wait.", rich_help_panel=_TRITON),
+    ] = 128,
+    queue_delay_us: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="US",
+            help="That the tokenizer waits for more texts.",
+            rich_help_panel=_TRITON,
+        ),
+    ] = 0,
+    kv_mib: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="MIB",
+            help="Keys and values that running sequences may reserve.",
+            rich_help_panel=_TRITON,
+        ),
+    ] = None,
+    threads: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", help="Of one call; 0: the runtime's.", rich_help_panel=_TRITON
+        ),
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Export the conditional graph, with its contract and tokenizer."""
-    from mskip.compressor.errors import MskipError
-
-    if triton:
-        raise MskipError(
-            "not in this version of mskip: export --triton (Triton Inference Server).",
-            "There is: mskip export (ONNX), mskip export --trt (TensorRT).",
-        )
     if precision not in (None, *_PRECISIONS):
         raise typer.BadParameter(f"--precision is one of {', '.join(_PRECISIONS)}.")
+    if triton:
+        if trt or target is not Target.portable:
+            raise typer.BadParameter("--triton has the form that its --backend needs.")
+        from mskip.exporters.triton.repository import Deployment
+
+        deployment = Deployment(
+            backend=backend,  # type: ignore[arg-type]  # it says which there are
+            target=triton_target,
+            sequences=max_batch_size,
+            positions=max_positions,
+            instances=instances,
+            queue=queue,
+            queue_delay_us=queue_delay_us,
+            kv_mib=kv_mib,
+            threads=threads,
+            weights=weights.value,
+        )
+        _repository(run, deployment, precision, as_json)
+        return
     if trt_mode not in (None, "if", "plugin"):
         raise typer.BadParameter("--trt-mode is if or plugin.")
     from mskip.compressor.artifact import open_run
@@ -155,6 +229,58 @@ def export(
     console.emit(report, as_json, lambda value: tables.exported(value, opened.path))
     if not as_json:
         tables.next_step(opened.path, f"mskip validate{form.options}")
+
+
+def _repository(
+    path: Path | None, deployment: Deployment, precision: str | None, as_json: bool
+) -> None:
+    """Write the repository; the graph and the dial first, where the run has none."""
+    from mskip.compressor.artifact import open_run
+    from mskip.compressor.dial import find_dial, saved_dial
+    from mskip.compressor.models import load_tokenizer
+    from mskip.exporters.contract import CONTRACT
+    from mskip.exporters.onnx_export import export_run
+    from mskip.exporters.triton.repository import FOLDER, write_repository
+
+    deployment.release  # noqa: B018  # refuse an unknown one before anything is made
+    run = open_run(path)
+    run.calibration()
+    form = deployment.form
+    dial = saved_dial(run)
+    exported = (form.folder(run) / CONTRACT).is_file()
+    spec = run.recipe().model
+    if dial is None:
+        with working(spec) as (base, progress):
+            dial = find_dial(run, base, progress)
+            if not exported and form.target == "ort":
+                export_run(run, base, progress, form)
+                exported = True
+    if not exported:
+        if form.target == "trt":
+            spec = spec.model_copy(update={"dtype": _PRECISIONS[precision or "fp16"]})
+        with working(spec) as (base, progress):
+            export_run(run, base, progress, form, deployment.positions)
+    with console.progress() as progress:
+        tokenizer = load_tokenizer(form.folder(run))
+        record = write_repository(run, tokenizer, dial, deployment, progress)
+    folder = run.path / FOLDER
+    report = {"repository": str(folder), **record, **_linted(folder)}
+    console.emit(report, as_json, lambda value: tables.repository(value, folder))
+    if not as_json:
+        tables.next_step(run.path, "mskip serve --check" if record["backend"] == "python" else "")
+    if report["faults"]:
+        raise typer.Exit(GATE_FAILED)
+
+
+def _linted(folder: Path) -> dict[str, Any]:
+    """What lint finds; or that it was not run."""
+    from mskip.compressor.errors import MissingExtraError
+    from mskip.exporters.triton.lint import lint
+
+    try:
+        return lint(folder)
+    except MissingExtraError as error:
+        return {"lint": f"not run: {error.message} {error.remedy}", "faults": [], "loaded": {}}
 
 
 def _engine(run: Run, build: Build, as_json: bool) -> None:

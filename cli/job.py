@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mskip.cli import console, tables
-from mskip.cli.options import AsJson, Output, Overrides, Quick
+from mskip.cli.options import GATE_FAILED, AsJson, Output, Overrides, Quick
 from mskip.cli.plan import announce_memory
 from mskip.cli.session import check_same_recipe, fetch, is_tuned, load_model, resolve
-from mskip.cli.steps import GATE_FAILED
 
 if TYPE_CHECKING:
     from mskip.compressor.artifact import Run

@@ -118,12 +118,15 @@ def generate(
     from mskip.cli import generation
     from mskip.compressor.artifact import open_run
     from mskip.compressor.errors import RecipeError
-    from mskip.exporters.sampling import Sampling
+    from mskip.exporters.serving.sampling import Sampling
     from mskip.exporters.targets import Form
 
     if tau is not None and not 0.0 <= tau <= 1.0:
         raise RecipeError(f"tau {tau:g} is out of range.", "Scores lie in 0..1, and so does tau.")
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    try:
+        sampling = Sampling(temperature, top_k, top_p, seed)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     opened = open_run(run)
     live = not as_json and console.main_process()
     form = Form(target.value, weights.value)

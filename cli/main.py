@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import mskip
-from mskip.cli import console, doctor, job, look, recipe, reproduce, steps
+from mskip.cli import console, doctor, job, look, recipe, reproduce, serving, steps
 from mskip.cli.options import JSON_KEY
 from mskip.compressor.errors import MskipError
 
@@ -43,7 +43,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Example: mskip tune && mskip calibrate --capacity 0.5 && mskip export",
 )
-for part in (steps.app, job.app, look.app, reproduce.app, recipe.app, doctor.app):
+for part in (*(steps.app, serving.app, job.app, look.app, reproduce.app, recipe.app, doctor.app),):
     app.add_typer(part)
 
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+GATE_FAILED = 3
+"""Exit status where the work was done and a gate did not pass."""
 JSON_KEY = "mskip.json"
 
 

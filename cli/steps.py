@@ -11,6 +11,7 @@ from mskip.cli import console, tables
 from mskip.cli.exporting import engine_not_run, export
 from mskip.cli.options import (
     FOR_TENSORRT,
+    GATE_FAILED,
     AsJson,
     GraphTarget,
     GraphWeights,
@@ -24,8 +25,6 @@ from mskip.cli.options import (
     Weights,
 )
 from mskip.cli.session import DEFAULT_RECIPE, check_same_recipe, is_tuned, resolve, working
-
-GATE_FAILED = 3
 
 app = typer.Typer()
 

@@ -29,7 +29,8 @@ def next_step(run: Path, command: str) -> None:
     if console.main_process():
         say()
         say(f"run folder: {console.shown(run)}", whole=True)
-        say(f"next: {command}", DIM, whole=True)
+        if command:
+            say(f"next: {command}", DIM, whole=True)
 
 
 def tuned(report: dict[str, Any]) -> None:
@@ -203,6 +204,41 @@ def built(report: dict[str, Any], run: Path) -> None:
     )
     say()
     say(console.shown(run / report["file"]), whole=True)
+
+
+def repository(report: dict[str, Any], folder: Path) -> None:
+    """What the repository holds, for which server, and what lint says of it."""
+    graph = report["graph"]
+    table(
+        "Repository for Triton Inference Server",
+        ["", ""],
+        [
+            ["release", f"{report['target']}, backend {report['backend']}"],
+            ["graph", f"{graph['target']}, {graph['dtype']}, opset {graph['opset']}"],
+            ["decode together", f"{report['sequences']} sequences"],
+            ["longest sequence", f"{report['positions']} positions"],
+            ["requests that may wait", str(report["queue"])],
+            ["capacities on the dial", str(len(report["dial"]))],
+        ],
+    )
+    linted(report)
+    say()
+    say(console.shown(folder), whole=True)
+
+
+def linted(report: dict[str, Any]) -> None:
+    """Faults of a repository, or that there are none, and how far that goes."""
+    say()
+    if "lint" in report:
+        say(f"lint {report['lint']}")
+        return
+    for fault in report["faults"]:
+        say(f"fault: {fault}")
+    if not report["faults"]:
+        say("lint: no faults")
+    for words in dict.fromkeys(report["loaded"].values()):
+        names = [name for name, each in report["loaded"].items() if each == words]
+        say(f"{', '.join(names)}: {words}")
 
 
 def _value(value: float | None) -> str:

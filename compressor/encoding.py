@@ -136,6 +136,45 @@ def collate(
     }
 
 
+@dataclass(frozen=True)
+class Frame:
+    """What surrounds a request of one user turn, for those who have no chat template at hand.
+
+    Attributes:
+        opening: token ids before a text that is no chat.
+        chat_opening: token ids before a chat.
+        before: text before the request.
+        after: text after it, up to where the answer begins.
+    """
+
+    opening: list[int]
+    chat_opening: list[int]
+    before: str
+    after: str
+
+
+def request_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """The frame with which ``before + request + after`` encodes as `encode` does.
+
+    Raises:
+        DataError: the chat template changes the request, or refuses it.
+    """
+    mark = "mskip-request"
+    messages = (Message("user", mark),)
+    opening = _opening(tokenizer)
+    if tokenizer.chat_template:
+        chat_opening, text = list[int](), _templated(messages, tokenizer)[0]
+    else:
+        chat_opening, text = opening, _headed(messages, tokenizer)[0]
+    if text.count(mark) != 1:
+        raise DataError(
+            "the tokenizer's chat template does not print a request once, as it is.",
+            "Use a template that does.",
+        )
+    before, after = text.split(mark)
+    return Frame(opening, chat_opening, before, after)
+
+
 # -- turns to ids -----------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from mskip.compressor.errors import DataError
 from mskip.compressor.progress import Progress, silent
 from mskip.exporters.answers import AnswerStore
 from mskip.exporters.runner import Floats, Ints, Runner, State, left_padded
-from mskip.exporters.text_stream import TextStream
+from mskip.exporters.serving.text_stream import TextStream
 
 Ids = tuple[int, ...]
 Decode = Callable[[list[int]], str]

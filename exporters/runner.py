@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mskip.exporters.contract import Contract
-from mskip.exporters.sampling import GREEDY, Sampler, Sampling
-from mskip.exporters.text_stream import TextStream
+from mskip.exporters.serving.sampling import GREEDY, Sampler, Sampling
+from mskip.exporters.serving.text_stream import TextStream
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

@@ -22,7 +22,7 @@ from mskip.compressor.errors import ArtifactError, MissingExtraError
 from mskip.exporters.onnx_export import CEILING, DENSE, MODEL, STATIC
 from mskip.exporters.ort_runner import OrtRunner
 from mskip.exporters.runner import Floats, Ints, Runner, State, left_padded, positions
-from mskip.exporters.sampling import Sampling
+from mskip.exporters.serving.sampling import Sampling
 from mskip.exporters.torch_runner import TorchRunner
 
 if TYPE_CHECKING:

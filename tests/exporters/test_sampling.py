@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from mskip.compressor.errors import MskipError
-from mskip.exporters.sampling import GREEDY, Sampler, Sampling, candidates
+from mskip.exporters.serving.sampling import GREEDY, Sampler, Sampling, candidates
 
 
 def expected(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -87,5 +86,5 @@ def test_without_a_seed_draws_differ() -> None:
     ],
 )
 def test_values_out_of_range_are_named(values: dict[str, float], message: str) -> None:
-    with pytest.raises(MskipError, match=message):
+    with pytest.raises(ValueError, match=message):
         Sampling(**values)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mskip.exporters.text_stream import TextStream
+from mskip.exporters.serving.text_stream import TextStream
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,11 @@ depend on what it is batched with.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
-from mskip.compressor.errors import MskipError
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -32,7 +31,7 @@ class Sampling:
         seed: of the draws; None takes another one every time.
 
     Raises:
-        MskipError: a value out of range.
+        ValueError: a value out of range.
     """
 
     temperature: float = 0.0
@@ -42,14 +41,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         wrong = {
-            "temperature": (self.temperature, "0 or more", self.temperature >= 0),
+            "temperature": (self.temperature, "0 or more", 0 <= self.temperature < math.inf),
             "top_k": (self.top_k, "0 (all tokens) or more", self.top_k >= 0),
             "top_p": (self.top_p, "above 0 and at most 1", 0 < self.top_p <= 1),
             "seed": (self.seed, "0 or more", self.seed is None or self.seed >= 0),
         }
         for name, (value, words, fine) in wrong.items():
             if not fine:
-                raise MskipError(f"{name} {value} is out of range.", f"It must be {words}.")
+                raise ValueError(f"{name} {value} is out of range. It must be {words}.")
 
 
 GREEDY = Sampling()
