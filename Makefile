@@ -43,7 +43,7 @@ $(VENV)/demo.ready: $(VENV)/base.ready
 	touch $@
 
 $(VENV)/dev.ready: $(VENV)/demo.ready
-	$(PIP) install -q -c constraints.txt -e '.[cpu,demo,eval,trt-rtx,kernels,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[cpu,demo,eval,trt-rtx,kernels,triton,dev]'
 	touch $@
 
 clean:

@@ -235,15 +235,17 @@ def _repository(
     path: Path | None, deployment: Deployment, precision: str | None, as_json: bool
 ) -> None:
     """Write the repository; the graph and the dial first, where the run has none."""
-    from mskip.compressor.artifact import open_run
+    from mskip.compressor.artifact import open_run, routing_unit
     from mskip.compressor.dial import find_dial, saved_dial
     from mskip.compressor.models import load_tokenizer
+    from mskip.compressor.sublayers import require_unit
     from mskip.exporters.contract import CONTRACT
     from mskip.exporters.onnx_export import export_run
     from mskip.exporters.triton.repository import FOLDER, write_repository
 
     deployment.release  # noqa: B018  # refuse an unknown one before anything is made
     run = open_run(path)
+    require_unit(routing_unit(run), "sequence", "mskip export --triton")
     run.calibration()
     form = deployment.form
     dial = saved_dial(run)

@@ -60,7 +60,7 @@ def serve(
     with started(installed, folder / MODELS, log, ports) as server:
         report = _checked(folder, server) if check else _until_stopped(server, port)
     report["run"] = str(opened.path)
-    console.emit(report, as_json, lambda value: None)
+    console.emit(report, as_json, _show)
     if not report.get("passed", True):
         raise typer.Exit(GATE_FAILED)
 
@@ -76,22 +76,29 @@ def _checked(folder: Path, server: Server) -> dict[str, Any]:
         checks.append(
             {"name": name, "passed": mark == "ok", "seconds": float(seconds), "found": words}
         )
+    report = {"passed": done.returncode == 0, "checks": checks}
+    return {**report, "error": done.stderr.strip()} if done.stderr else report
+
+
+def _show(report: dict[str, Any]) -> None:
+    if "checks" not in report:
+        console.say("stopped.")
+        return
     console.table(
         "Smoke test",
         ["check", "", ">time", "found"],
         [
             [
                 each["name"].replace("_", " "),
-                "ok" if each["passed"] else "FAILED",
+                console.verdict(each["passed"]),
                 console.seconds(each["seconds"]),
                 each["found"],
             ]
-            for each in checks
+            for each in report["checks"]
         ],
     )
-    if done.stderr:
-        console.say(done.stderr.strip())
-    return {"passed": done.returncode == 0, "checks": checks}
+    if "error" in report:
+        console.say(report["error"])
 
 
 def _until_stopped(server: Server, port: int) -> dict[str, Any]:

@@ -16,7 +16,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ["compressor", "exporters", "cli", "recipes"]
-DATA = ["recipes/**/*.yaml", "recipes/*.jsonl", "exporters/*.html", "py.typed"]
+DATA = [
+    *("recipes/**/*.yaml", "recipes/*.jsonl", "exporters/*.html", "py.typed", "LICENSE"),
+    "exporters/triton/assets/*",
+]
 
 
 def python(code: str, **environment: str) -> str:

@@ -224,7 +224,10 @@ class Scheduler:
         while True:
             with self._changed:
                 while not (self._closing or self._waiting or self._running):
-                    self._changed.wait()
+                    # Tokens a second fall to 0 while nothing is asked for.
+                    if not self._changed.wait(1.0 if self._paces else None):
+                        self._forget_paces()
+                        self._gauge()
                 if self._closing:
                     break
             try:
@@ -295,8 +298,7 @@ class Scheduler:
         self.meter.add("mskip_steps_total", 1)
         self.meter.add("mskip_decode_seconds_total", now - start)
         self._paces.append((now, len(logits)))
-        while self._paces[0][0] < now - PACE_SECONDS:
-            self._paces.popleft()
+        self._forget_paces()
 
     def _advance(self, index: int, logits: Floats) -> None:
         """Choose a sequence's next token and tell it; the sequence goes if it has ended."""
@@ -349,9 +351,13 @@ class Scheduler:
             self.meter.add("mskip_decisions_total", 1, layer=str(layer), decision=decision)
             self._decisions[executed] += 1
 
-    def _gauge(self) -> None:
+    def _forget_paces(self) -> None:
         now = time.monotonic()
-        recent = sum(count for at, count in self._paces if at >= now - PACE_SECONDS)
+        while self._paces and self._paces[0][0] < now - PACE_SECONDS:
+            self._paces.popleft()
+
+    def _gauge(self) -> None:
+        recent = sum(count for _, count in self._paces)
         decided = sum(self._decisions)
         rows = self.batch.rows
         for name, value in {

@@ -14,7 +14,7 @@ from mskip.compressor.files import read_json
 from mskip.exporters.contract import CONTRACT, Contract, TensorSpec, read_contract
 from mskip.exporters.onnx_export import MODEL
 from mskip.exporters.triton.config import TYPES, dims_of
-from mskip.exporters.triton.repository import MODELS, PLAN, RECORD
+from mskip.exporters.triton.repository import MODELS, RECORD
 from mskip.exporters.triton.versions import check_opset, release
 
 ONNX_TYPES = {
@@ -201,8 +201,6 @@ def _graph_faults(
         fault = None
     if fault is not None:
         yield f"lm: {fault}"
-    if record["backend"] == "tensorrt" and (version / PLAN).exists():
-        yield f"lm: {PLAN} is there, and was not made by mskip"
 
 
 def _tensor_faults(kind: str, specs: list[TensorSpec], values: Any, tensors: Any) -> Iterator[str]:

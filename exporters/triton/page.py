@@ -23,7 +23,7 @@ class _Handler(BaseHTTPRequestHandler):
     page: bytes
 
     def do_GET(self) -> None:
-        if self.path == "/":
+        if self.path.partition("?")[0] == "/":
             self._answer(200, "text/html; charset=utf-8", self.page)
         elif self.path == "/metrics":
             self._pass_on("GET", self.ports.metrics, None)

@@ -38,7 +38,6 @@ RECORD = "repository.json"
 """What the repository was made from, and for what."""
 SERVING = "mskip_serving"
 """Name of the package in the repository."""
-PLAN = "model.plan"
 REQUIREMENTS = {"onnxruntime": "1.27", "tokenizers": "0.22", "numpy": "1.26"}
 """What the python models import: least versions."""
 
@@ -308,8 +307,7 @@ def _write_papers(made: Path, run: Run, record: dict[str, Any], contract: Contra
         "capacity": f"{record['capacity']['held_out']:.3f}",
         "skip_rate": f"{1 - record['capacity']['held_out']:.3f}",
         "backend_text": _BACKENDS[record["backend"]],
-        "plan": _plan_command(contract, record["sequences"]),
-        "tensorrt_image": release(record["target"]).tensorrt_image,
+        "plan": _PLAN_WORDS if contract.capacity else "",
         "mskip": record["mskip"],
     }
     for name in ("README.md", "MODEL_CARD.md"):
@@ -319,6 +317,10 @@ def _write_papers(made: Path, run: Run, record: dict[str, Any], contract: Contra
         (made / name).write_text((assets / name).read_text("utf-8"), encoding="utf-8")
     licence = (resources.files("mskip") / "LICENSE").read_text("utf-8")
     (made / "LICENSE").write_text(licence, encoding="utf-8")
+    if contract.capacity:
+        script = made / "build_plan.sh"
+        script.write_text(_plan_script(contract, record), encoding="utf-8")
+        script.chmod(0o755)
     lines = [f"{name}>={least}" for name, least in record["needs"].items()]
     (made / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -331,30 +333,43 @@ _BACKENDS = {
     "values travel between the two with every step: on a CPU the python backend is faster.",
     "tensorrt": "`lm` is a model of the tensorrt backend. Its plan depends on the GPU and on "
     "TensorRT's version, so it is built where it is served, from `models/lm/source/model.onnx`, "
-    "with the command below. `generate` calls it, so keys and values travel between the two with "
+    "with `build_plan.sh`. `generate` calls it, so keys and values travel between the two with "
     "every step.",
 }
 
 
-def _plan_command(contract: Contract, sequences: int) -> str:
-    """How trtexec builds the plan; the largest sizes are those of a full batch."""
-    if not contract.capacity:
-        return ""
-    shapes: dict[str, list[str]] = {"min": [], "opt": [], "max": []}
-    for kind, (rows, new) in {
-        "min": (1, 1),
-        "opt": (sequences + 2, 1),
-        "max": (sequences + 2, contract.capacity),
-    }.items():
-        sizes = {"batch": rows, "sequence": new, "kept": 1}
+_PLAN_WORDS = """
+### Before it is served: build the plan, on the GPU that serves it
+
+    ./build_plan.sh
+"""
+
+
+def _plan_script(contract: Contract, record: dict[str, Any]) -> str:
+    """A script with trtexec's command; the largest sizes are those of a full batch."""
+    most = record["sequences"] + 2
+    sizes = {"min": (1, 1), "opt": (most, 1), "max": (most, contract.capacity)}
+    shapes = []
+    for kind, (rows, new) in sizes.items():
+        known = {"sequence": new, "kept": 1}
+        each = []
         for spec in contract.inputs():
-            dims = [each if isinstance(each, int) else sizes.get(each, rows) for each in spec.axes]
-            if any(not isinstance(each, int) for each in spec.axes):
-                shapes[kind].append(f"{spec.name}:{'x'.join(map(str, dims))}")
-    return " \\\n  ".join(
-        [
-            "trtexec --onnx=models/lm/source/model.onnx --saveEngine=models/lm/1/model.plan",
-            "--stronglyTyped",
-            *(f"--{kind}Shapes={','.join(each)}" for kind, each in shapes.items()),
-        ]
+            if not all(isinstance(axis, int) for axis in spec.axes):
+                dims = [
+                    axis if isinstance(axis, int) else known.get(axis, rows) for axis in spec.axes
+                ]
+                each.append(f"{spec.name}:{'x'.join(map(str, dims))}")
+        shapes.append(f"  --{kind}Shapes={','.join(each)}")
+    image = release(record["target"]).tensorrt_image
+    return (
+        " \\\n".join(
+            [
+                '#!/bin/sh\nset -e\ncd "$(dirname "$0")"\n'
+                f'exec docker run --rm --gpus=all -v "$PWD:/repository" -w /repository {image}',
+                "  trtexec --onnx=models/lm/source/model.onnx --saveEngine=models/lm/1/model.plan",
+                "  --stronglyTyped",
+                *shapes,
+            ]
+        )
+        + "\n"
     )

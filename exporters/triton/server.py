@@ -6,6 +6,7 @@ numpy 1, so it does not share our environment; both speak over HTTP and gRPC.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import shutil
@@ -167,6 +168,17 @@ def install_server(progress: Progress = silent) -> Installed:
     ready = installed.folder / "ready.txt"
     if ready.is_file() and ready.read_text(encoding="utf-8").split() == wanted:
         return installed
+    installed.folder.parent.mkdir(parents=True, exist_ok=True)
+    with installed.folder.with_name(f"{installed.folder.name}.lock").open("w") as lock:
+        # Another process may be at it; what it made is good for us too.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (ready.is_file() and ready.read_text(encoding="utf-8").split() == wanted):
+            _install(installed, wanted, progress)
+            ready.write_text("\n".join(wanted) + "\n", encoding="utf-8")
+    return installed
+
+
+def _install(installed: Installed, wanted: list[str], progress: Progress) -> None:
     progress("server", 0, 3, "environment")
     shutil.rmtree(installed.folder, ignore_errors=True)
     try:
@@ -184,9 +196,7 @@ def install_server(progress: Progress = silent) -> Installed:
         )
     progress("server", 2, 3, "server")
     installed.place_server()
-    ready.write_text("\n".join(wanted) + "\n", encoding="utf-8")
     progress("server", 3, 3)
-    return installed
 
 
 class Server:

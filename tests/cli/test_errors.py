@@ -25,10 +25,14 @@ def refused(result, *words: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", ["calibrate", "export", "validate", "bench", "eval", "report", "inspect"]
+    "command",
+    [
+        *("calibrate", "export", "validate", "bench", "eval", "report", "inspect", "serve", "lint"),
+        "export --triton",
+    ],
 )
 def test_no_run_yet(mskip, command):
-    refused(mskip(command), "there is no run in runs/ yet", "mskip tune")
+    refused(mskip(*command.split()), "there is no run in runs/ yet", "mskip tune")
     assert not list(Path().iterdir())
 
 
@@ -66,11 +70,6 @@ def test_capacity_out_of_range(mskip, bare_run, capacity):
 
 def test_tau_out_of_range(mskip, bare_run):
     refused(mskip("generate", "hello", "--tau", "2"), "tau 2 is out of range")
-
-
-@pytest.mark.parametrize("target", ["--triton"])
-def test_targets_of_later_versions(mskip, target):
-    refused(mskip("export", target), "not in this version", target, "mskip export --trt")
 
 
 def test_unsupported_architecture(mskip, tmp_path):

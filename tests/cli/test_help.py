@@ -11,6 +11,7 @@ import pytest
 
 COMMANDS = (
     *("tune", "calibrate", "export", "validate", "bench", "eval", "report", "run"),
+    *("serve", "lint"),
     *("inspect", "generate", "doctor", "recipe", "recipe schema", "recipe list", "recipe show"),
 )
 

@@ -37,9 +37,9 @@ def tensorrt(mskip: Any, done: Callable[..., str], run: Path) -> None:
     proved = done("validate", "--target", "trt-plugin")
     assert "validation passed" in proved
     assert "not run: what a skip saves" in proved
-    assert mskip(
-        "export", "--trt", "--trt-mode", "plugin", "--trt-builder", "tensorrt-rtx"
-    ).exit_code
+    refused = mskip("export", "--trt", "--trt-mode", "plugin", "--trt-builder", "tensorrt-rtx")
+    assert refused.exit_code == 1
+    assert "tensorrt-rtx" in refused.stderr
     assert mskip("export", "--trt-mode", "if").exit_code == 2
     if find_spec("tensorrt_rtx_bindings"):
         engines = ("--compute-capability", "8.9", "--compute-capability", "12.0")
@@ -50,7 +50,38 @@ def tensorrt(mskip: Any, done: Callable[..., str], run: Path) -> None:
         assert set(built["behind_conditions"].values()) == {9}
 
 
-def test_the_commands_in_a_row(mskip, tiny_folder):
+def triton(mskip: Any, done: Callable[..., str], run: Path) -> None:
+    """A repository, held against the rules and served; and one for another backend."""
+    assert "mskip export --triton" in mskip("serve", "--check").stderr
+    written = done("export", "--triton", "--max-batch-size", "4", "--max-positions", "256")
+    assert "no faults" in written
+    assert "no faults" in done("lint")
+    checked = done("serve", "--check")
+    assert "FAIL" not in checked
+    assert "alone or together" in checked
+    report = json.loads(done("serve", "--check", "--json"))
+    assert report["passed"]
+    assert len(report["checks"]) == 8
+    (run / "triton/README.md").write_text("changed")
+    faulty = mskip("lint", "--json")
+    assert faulty.exit_code == 3
+    assert json.loads(faulty.stdout)["faults"] == ["README.md is not what its checksum says"]
+    for backend in ("onnxruntime", "tensorrt"):
+        assert "linted, not loaded" in done("export", "--triton", "--backend", backend)
+        unserved = mskip("serve", "--check")
+        assert unserved.exit_code == 1
+        assert f"the {backend} backend" in " ".join(unserved.stderr.split())
+    for wrong, words in (
+        (["--triton-target", "19.01"], "26.07"),
+        (["--backend", "vllm"], "python"),
+    ):
+        unknown = mskip("export", "--triton", *wrong)
+        assert unknown.exit_code == 1
+        assert words in unknown.stderr
+    assert mskip("export", "--triton", "--trt").exit_code == 2
+
+
+def test_the_commands_in_a_row(mskip, tiny_folder):  # noqa: PLR0915  # it is one job
     pytest.importorskip("onnxruntime")
 
     def done(*arguments: str | Path) -> str:
@@ -86,6 +117,7 @@ def test_the_commands_in_a_row(mskip, tiny_folder):
         assert (run / f"reports/{name}.json").is_file()
         assert (run / f"reports/{name}-ort.json").is_file()
     tensorrt(mskip, done, run)
+    triton(mskip, done, run)
     assert mskip("export", "--target", "onnx").exit_code == 2
     for refused in (["--target", "ort", "--trt"], ["--precision", "fp16"], ["--precision", "x"]):
         assert mskip("export", *refused).exit_code == 2
