@@ -4,9 +4,10 @@ Every layer has one buffer with a row for each sequence that holds keys and valu
 sequence that joins is read by itself, straight into the next rows, so its decisions cannot
 depend on others. One that leaves lets those behind it move up, and its memory goes back.
 
-Two rows of every step are nobody's: one executes every routed sublayer, one skips them all. With
-them no product ever has a single row, for which ONNX Runtime takes another kernel that rounds
-differently: what a sequence computes is the same to the last bit, whoever decodes beside it.
+For a product of a single row ONNX Runtime takes another kernel than for several, and it rounds
+differently. So that no sequence is ever alone in what it computes, a step may have one row more
+or two that are nobody's: they take the branches in which a sequence would be alone, and no branch
+that none takes. What a sequence computes is the same to the last bit, whoever decodes beside it.
 """
 
 from __future__ import annotations
@@ -75,6 +76,27 @@ class Buffer:
                 self._memory.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
+MOST_COMPANY = 2
+"""Rows of a step that are nobody's."""
+
+
+def company(decisions: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    """Decisions of rows with which no sequence is alone in a branch; at most `MOST_COMPANY`.
+
+    Args:
+        decisions: of the sequences, [sequences, routed] of 0 and 1.
+    """
+    sequences, routed = decisions.shape
+    executing = decisions.sum(axis=0)
+    skipping = sequences - executing
+    most = (executing >= skipping).astype(np.int64)
+    if routed == 0 or not ((executing == 1) | (skipping == 1)).any():
+        return [most] if sequences == 1 else []
+    first = np.where(executing == 1, 1, np.where(skipping == 1, 0, most))
+    alone = (executing == 1) & (skipping == 1)
+    return [first, np.where(alone, 0, first)] if alone.any() else [first]
+
+
 class Batch:
     """The sequences that decode together on one graph.
 
@@ -89,12 +111,11 @@ class Batch:
         self.graph, self.shape, self.most = graph, shape, rows
         step = max(1, PAGE // (shape.head_dim * np.dtype(shape.dtype).itemsize))
         self.positions = shape.capacity or -(-positions // step) * step
-        ones, zeros = np.ones(len(shape.routed), np.int64), np.zeros(len(shape.routed), np.int64)
-        self._anchors = [Row(None, 0, ones), Row(None, 0, zeros)]
         self.rows: list[Row] = []
+        self._company: list[Row] = []
         self._changes = 0
         self._composed: tuple[int, dict[str, Array], Array] | None = None
-        space = rows + len(self._anchors) + 1  # one more, into which a prompt is read
+        space = rows + MOST_COMPANY
         each = space, shape.kv_heads, self.positions, shape.head_dim
         self._buffers = {
             layer: {part: Buffer(each, np.dtype(shape.dtype)) for part in ("key", "value")}
@@ -150,7 +171,7 @@ class Batch:
             np.full((1, routed), UNDECIDED, dtype=np.int64),
             tau,
         )
-        self._changes += 1
+        self._change()
         made = self.graph.run(feeds, caches, ("join", self._changes))
         routing = made["routing_out"][0].copy() if routed else np.zeros(0, np.int64)
         scores = made["routing_scores"][0].copy() if routed else np.zeros(0, np.float32)
@@ -162,17 +183,18 @@ class Batch:
         if self._composed is None or self._composed[0] != self._changes:
             self._composed = self._changes, *self._compose()
         _, caches, routing = self._composed
-        lengths = np.array([row.length for row in (*self._anchors, *self.rows)], dtype=np.int64)
-        ids = np.array([[self.shape.pad]] * len(self._anchors) + [[each] for each in tokens])
+        lengths = np.array([row.length for row in (*self.rows, *self._company)], dtype=np.int64)
+        ids = np.array([*tokens, *[self.shape.pad] * len(self._company)])[:, None]
         feeds = self._feeds(ids, lengths + 1, lengths[:, None], routing, self.shape.tau)
         made = self.graph.run(feeds, caches, ("step", self._changes))
         for row in self.rows:
             row.length += 1
-        return made["logits"][len(self._anchors) :, -1]
+        return made["logits"][: len(self.rows), -1]
 
     def leave(self, index: int) -> None:
         """Take a sequence out; those behind it move up."""
         gone = self.rows[index]
+        self._change()
         for layer in self.shape.cached:
             if not self._holds(layer, gone.routing):
                 continue
@@ -185,18 +207,33 @@ class Batch:
                     before = row.length
                 buffer.release(at, 0, before)
         del self.rows[index]
-        self._changes += 1
 
     # -- parts --
 
+    def _change(self) -> None:
+        """Forget what was composed of the sequences so far, and the rows that are nobody's."""
+        self._changes += 1
+        for layer in self.shape.cached if self._company else ():
+            at = self._held(layer)
+            for buffer in self._buffers[layer].values():
+                for row in range(at, at + len(self._company)):
+                    buffer.release(row, 0, 1)
+        self._company = []
+
     def _compose(self) -> tuple[dict[str, Array], Array]:
         """Keys and values of all rows, and their decisions."""
+        decisions = np.stack([row.routing for row in self.rows])
+        self._company = [Row(None, 0, each) for each in company(decisions)]
+        more = {
+            layer: sum(self._holds(layer, row.routing) for row in self._company)
+            for layer in self.shape.cached
+        }
         caches = {
-            past(layer, part): buffer.array[: self._held(layer)]
+            past(layer, part): buffer.array[: self._held(layer) + more[layer]]
             for layer in self.shape.cached
             for part, buffer in self._buffers[layer].items()
         }
-        return caches, np.stack([row.routing for row in (*self._anchors, *self.rows)])
+        return caches, np.stack([row.routing for row in (*self.rows, *self._company)])
 
     def _holds(self, layer: int, routing: npt.NDArray[np.int64]) -> bool:
         if layer not in self.shape.compact:
@@ -204,9 +241,8 @@ class Batch:
         return bool(routing[self.shape.routed.index(layer)])
 
     def _held(self, layer: int, upto: int | None = None) -> int:
-        """Rows of a layer's cache that are taken, by the anchors and the first sequences."""
-        rows = [*self._anchors, *self.rows[:upto]]
-        return sum(self._holds(layer, row.routing) for row in rows)
+        """Rows of a layer's cache that the first sequences take."""
+        return sum(self._holds(layer, row.routing) for row in self.rows[:upto])
 
     def _feeds(
         self,

@@ -22,6 +22,7 @@ from mskip.compressor.files import read_json, sha256, whole_folder, write_json
 from mskip.compressor.progress import Progress, silent
 from mskip.exporters.contract import CONTRACT, Contract, Weights, read_contract
 from mskip.exporters.onnx_export import DATA, MODEL
+from mskip.exporters.serving.batch import MOST_COMPANY
 from mskip.exporters.targets import Form
 from mskip.exporters.triton import config
 from mskip.exporters.triton.versions import NEWEST, Release, release
@@ -181,12 +182,11 @@ def _models(contract: Contract, deployment: Deployment, positions: int) -> list[
         "kv_bytes": str(budget << 20),
         "threads": str(deployment.threads),
     }
-    # Two rows of every step are nobody's; see the served batch.
     return [
         config.tokenizer_model(deployment.queue_delay_us),
         config.generate_model(parameters, deployment.instances),
         config.ensemble_model(),
-        config.lm_model(contract, deployment.backend, deployment.instances, most + 2),
+        config.lm_model(contract, deployment.backend, deployment.instances, most + MOST_COMPANY),
     ]
 
 
@@ -234,7 +234,9 @@ def _write_graph(
         _link(exported / DATA, place / DATA)
     if deployment.backend != "python":
         (folder / "warmup").mkdir()
-        for name, data in config.warm_up_files(contract, deployment.sequences + 2).items():
+        for name, data in config.warm_up_files(
+            contract, deployment.sequences + MOST_COMPANY
+        ).items():
             (folder / "warmup" / name).write_bytes(data)
 
 
@@ -347,7 +349,7 @@ _PLAN_WORDS = """
 
 def _plan_script(contract: Contract, record: dict[str, Any]) -> str:
     """A script with trtexec's command; the largest sizes are those of a full batch."""
-    most = record["sequences"] + 2
+    most = record["sequences"] + MOST_COMPANY
     sizes = {"min": (1, 1), "opt": (most, 1), "max": (most, contract.capacity)}
     shapes = []
     for kind, (rows, new) in sizes.items():

@@ -113,9 +113,29 @@ def test_memory_is_of_executing_sequences_and_goes_back(batch: Batch) -> None:
     assert batch.kv_bytes == 0
     for layer, parts in batch._buffers.items():
         for buffer in parts.values():
-            # The anchors keep one position each.
-            used = int(np.count_nonzero(np.abs(buffer.array).sum(axis=(1, 3))))
-            assert used <= 2, f"layer {layer}"
+            assert not buffer.array.any(), f"layer {layer}"
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("routed", [0, 1, 5])
+def test_nobody_is_alone(sequences: int, routed: int) -> None:
+    """No branch with a single row, and none that no sequence takes."""
+    from mskip.exporters.serving.batch import MOST_COMPANY, company
+
+    rng = np.random.default_rng(sequences)
+    for _ in range(200):
+        decisions = (rng.random((sequences, routed)) < rng.random()).astype(np.int64)
+        more = company(decisions)
+        assert len(more) <= MOST_COMPANY
+        assert sequences + len(more) > 1
+        whole = np.stack([*decisions, *more])
+        for layer in range(routed):
+            for branch in (0, 1):
+                count = int((whole[:, layer] == branch).sum())
+                assert count != 1
+                assert count == 0 or (decisions[:, layer] == branch).any()
+        lone = ((decisions.sum(axis=0) == 1) | (decisions.sum(axis=0) == sequences - 1)).any()
+        assert bool(more) == bool(lone or sequences == 1)
 
 
 def test_what_does_not_fit_is_refused(batch: Batch) -> None:
