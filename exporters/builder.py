@@ -153,9 +153,10 @@ class Builder:
             self.graph.insert_before(node, before_branch(every, place, self.graph))
             around = ir.Graph([], list(branches.outputs), nodes=[branches], name=f"{prefix}not_all")
             branches = conditional(everyone, every, around, name)
-        # Else the rows are always picked: ONNX Runtime packs weights in the branches of the main
-        # graph, not in theirs, and its products of rounded weights are slower without, and round
-        # otherwise, so that a row would depend on the others in its batch.
+        # Else the rows are always picked: ONNX Runtime packs weights for the branches of the main
+        # graph, not for theirs, and its products of rounded weights are slower without, and round
+        # otherwise, so that a row would depend on the others in its batch. (Weights that are not
+        # rounded are packed in both, see `own_weights`.)
         self.graph.insert_before(node, branches)
         substitute(self.graph, node, list(branches.outputs))
 

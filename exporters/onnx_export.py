@@ -33,6 +33,7 @@ from mskip.exporters.buffer_builder import OPSET as BUFFER_OPSET
 from mskip.exporters.contract import CONTRACT, WITH_CAPACITY, Contract, Target
 from mskip.exporters.fused import OPSET as FUSED_OPSET
 from mskip.exporters.lowering import routed_graph, static_graph
+from mskip.exporters.packing import own_weights
 from mskip.exporters.targets import PORTABLE, Form
 from mskip.exporters.tracing import trace
 
@@ -157,6 +158,8 @@ def export_onnx(
         max_in_flight_bytes=1 << 24,
     )
     stored = ir.load(folder / MODEL).graph.initializers
+    if contract.target == "ort":
+        own_weights(folder / MODEL)
     peers = {DENSE: [], STATIC: static_removed, CEILING: routers.layers}
     for done, (name, removed) in enumerate(peers.items(), 2):
         progress("export", done, 6, name)

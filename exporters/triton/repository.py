@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -231,21 +230,14 @@ def _write_graph(
         place.mkdir()
     shutil.copyfile(exported / graph, place / MODEL)
     if (exported / DATA).is_file():
-        _link(exported / DATA, place / DATA)
+        # A copy: ONNX Runtime refuses weights in a file that has several names.
+        shutil.copyfile(exported / DATA, place / DATA)
     if deployment.backend != "python":
         (folder / "warmup").mkdir()
         for name, data in config.warm_up_files(
             contract, deployment.sequences + MOST_COMPANY
         ).items():
             (folder / "warmup" / name).write_bytes(data)
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name where the file system can; files are never changed."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _record(
