@@ -123,8 +123,9 @@ class LocalGraph:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads
-        # Spinning threads would take the cores that other requests' tokens are sent with.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Threads spin between the products of a step, not between steps: these cores have tokens to
+        # send.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         self.shape = shape
         self.session = onnxruntime.InferenceSession(
             str(model), options, providers=["CPUExecutionProvider"]
