@@ -50,6 +50,7 @@ from mskip.exporters.triton.server import (
     Server,
     free_ports,
     install_server,
+    requirements,
     started,
 )
 
@@ -453,7 +454,7 @@ def main() -> None:
     if options.output:
         signed = {
             "date": datetime.date.today().isoformat(),
-            "machine": machine("ONNX Runtime in Triton's python backend", options.threads),
+            "machine": machine(f"{requirements()[2]} in Triton's python backend", options.threads),
             "versions": versions(),
             **report,
         }

@@ -92,9 +92,19 @@ def diagnose() -> list[Check]:
         _optional(have, "TensorRT", INSTALL_TRT, ["tensorrt", "tensorrt-cu12", "tensorrt-cu13"]),
         _optional(have, "TensorRT-RTX", INSTALL_RTX, _RTX),
         _optional(have, "tritonclient", "pip install 'mskip[triton]'", ["tritonclient"]),
+        _server(),
         _optional(have, "lm-eval", "pip install 'mskip[eval]'", ["lm-eval"]),
         _demo(have),
     ]
+
+
+def _server() -> Check:
+    """The server of `mskip serve`."""
+    from mskip.exporters.triton.server import server_state
+
+    there, words = server_state()
+    remedy = "mskip serve (installs it on first use)" if words == "none yet" else ""
+    return Check("Triton server", OK if there else OPTIONAL, words, remedy)
 
 
 _RTX = ["tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12"]

@@ -21,6 +21,7 @@ from mskip.compressor.files import read_json, sha256, whole_folder, write_json
 from mskip.compressor.progress import Progress, silent
 from mskip.exporters.contract import CONTRACT, Contract, Weights, read_contract
 from mskip.exporters.onnx_export import DATA, MODEL
+from mskip.exporters.ort_runner import contract_path
 from mskip.exporters.serving.batch import MOST_COMPANY
 from mskip.exporters.targets import Form
 from mskip.exporters.triton import config
@@ -56,7 +57,7 @@ class Deployment:
         queue: requests of an instance that may wait.
         queue_delay_us: that "tokenizer" waits for more texts.
         kv_mib: keys and values that running sequences may come to hold; None is what all
-            sequences of half the longest would hold, all executed.
+            sequences of half the longest would hold, all executed, and no less than one longest.
         threads: of one call of the graph; 0 leaves them to the runtime.
         weights: how the weights of products are stored.
 
@@ -133,9 +134,8 @@ def write_repository(
             f"{exported} has no tokenizer.json: the tokenizer is not a fast one.",
             "Use a tokenizer that the tokenizers library can save.",
         )
-    contract = read_contract(
-        exported / (CONTRACT if graph == MODEL else graph.replace(".onnx", ".contract.json"))
-    )
+    told = contract_path(exported, graph)
+    contract = read_contract(told)
     positions = contract.capacity or deployment.positions
     folder = folder or run.path / FOLDER
     progress("triton", 0, 3, "models")
@@ -143,16 +143,13 @@ def write_repository(
         models = _models(contract, deployment, positions)
         for model in models:
             _write_model(made / MODELS / model.name, model)
-        texts = {"frame.json": asdict(request_frame(tokenizer))}
+        frame = asdict(request_frame(tokenizer))
         generate = made / MODELS / "generate/1"
         for place in (generate, made / MODELS / "tokenizer/1"):
             shutil.copyfile(exported / "tokenizer.json", place / "tokenizer.json")
-            write_json(place / "frame.json", texts["frame.json"])
+            write_json(place / "frame.json", frame)
             _copy_package("mskip.exporters.serving", place / SERVING)
-        shutil.copyfile(
-            exported / (CONTRACT if graph == MODEL else graph.replace(".onnx", ".contract.json")),
-            generate / CONTRACT,
-        )
+        shutil.copyfile(told, generate / CONTRACT)
         write_json(generate / DIAL, dict(dial))
         progress("triton", 1, 3, "weights")
         _write_graph(made / MODELS / "lm", exported, graph, contract, deployment)
@@ -172,7 +169,8 @@ def _models(contract: Contract, deployment: Deployment, positions: int) -> list[
     budget = deployment.kv_mib
     if budget is None:
         each = 2 * contract.kv_heads * contract.head_dim * (4 if contract.dtype == "float32" else 2)
-        budget = -(-most * positions // 2 * each * len(contract.cached_layers) // (1 << 20))
+        longest = positions * each * len(contract.cached_layers)
+        budget = -(-longest * max(most, 2) // 2 // (1 << 20))
     parameters = {
         "engine": "local" if deployment.backend == "python" else "lm",
         "sequences": str(most),

@@ -94,6 +94,11 @@ class Installed:
 
     folder: Path
 
+    def has(self, wanted: Sequence[str]) -> bool:
+        """Whether these packages were installed to the end."""
+        ready = self.folder / "ready.txt"
+        return ready.is_file() and ready.read_text(encoding="utf-8").split() == list(wanted)
+
     @property
     def python(self) -> Path:
         """Interpreter of its environment."""
@@ -150,6 +155,28 @@ def _libpython() -> Path:
     )
 
 
+def _check_machine() -> None:
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        raise MskipError("tritonserver is published for Linux on x86-64 only.", _DOCKER)
+    _libpython()
+
+
+def _place() -> Installed:
+    version = f"py{sys.version_info.major}{sys.version_info.minor}"
+    return Installed(cache_home() / f"triton-{PYTRITON}-{version}")
+
+
+def server_state() -> tuple[bool, str]:
+    """Whether a server is installed, and words about it; nothing is installed."""
+    try:
+        _check_machine()
+    except MskipError as error:
+        return False, error.message
+    if _place().has(requirements()):
+        return True, f"that of nvidia-pytriton {PYTRITON}, in mskip's cache"
+    return False, "none yet"
+
+
 def install_server(progress: Progress = silent) -> Installed:
     """The server's environment, made on first use in mskip's cache.
 
@@ -159,20 +186,16 @@ def install_server(progress: Progress = silent) -> Installed:
     Raises:
         MskipError: not Linux on x86-64, no libpython, or the packages cannot be installed.
     """
-    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        raise MskipError("tritonserver is published for Linux on x86-64 only.", _DOCKER)
-    _libpython()
-    wanted = requirements()
-    version = f"py{sys.version_info.major}{sys.version_info.minor}"
-    installed = Installed(cache_home() / f"triton-{PYTRITON}-{version}")
+    _check_machine()
+    wanted, installed = requirements(), _place()
     ready = installed.folder / "ready.txt"
-    if ready.is_file() and ready.read_text(encoding="utf-8").split() == wanted:
+    if installed.has(wanted):
         return installed
     installed.folder.parent.mkdir(parents=True, exist_ok=True)
     with installed.folder.with_name(f"{installed.folder.name}.lock").open("w") as lock:
         # Another process may be at it; what it made is good for us too.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (ready.is_file() and ready.read_text(encoding="utf-8").split() == wanted):
+        if not installed.has(wanted):
             _install(installed, wanted, progress)
             ready.write_text("\n".join(wanted) + "\n", encoding="utf-8")
     return installed

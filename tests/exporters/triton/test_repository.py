@@ -106,6 +106,21 @@ def test_options_are_where_the_server_reads_them(make_repository: Callable[..., 
     }
 
 
+@pytest.mark.parametrize("sequences", [1, 2, 16])
+def test_the_budget_has_room_for_the_longest(
+    make_repository: Callable[..., Path], sequences: int
+) -> None:
+    import re
+
+    from mskip.exporters.serving.graph import read_shape
+
+    folder = make_repository(sequences=sequences, positions=4096) / "models/generate"
+    text = (folder / "config.pbtxt").read_text(encoding="utf-8")
+    (budget,) = re.findall(r'"kv_bytes"\s+value {\s+string_value: "(\d+)"', text)
+    shape = read_shape(folder / "1/contract.json")
+    assert int(budget) >= 4096 * len(shape.cached) * shape.position_bytes
+
+
 def test_the_plan_is_built_for_the_sizes_of_a_full_batch(
     make_repository: Callable[..., Path],
 ) -> None:
