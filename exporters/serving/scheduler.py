@@ -6,6 +6,7 @@ free; a request that is cancelled goes at once. What a request is given depends 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -204,6 +205,9 @@ class Scheduler:
     def _check(self, request: Request) -> None:
         if request.max_tokens < 1:
             raise RefusedError(f"max_tokens is {request.max_tokens}; it must be 1 or more.")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not math.isfinite(getattr(request, name)):
+                raise RefusedError(f"{name} is {getattr(request, name)}; it must be a number.")
         if not request.ids:
             raise RefusedError("the prompt has no tokens.")
         if any(not 0 <= token < self.batch.shape.vocabulary for token in request.ids):

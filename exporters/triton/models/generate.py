@@ -54,6 +54,8 @@ class TritonPythonModel:
                 self.scheduler.submit(self._asked(request, sender))
             except ValueError as error:
                 _fail(sender, str(error))
+            except Exception as error:  # a request that nobody thought of ends itself alone
+                _fail(sender, f"{type(error).__name__}: {error}")
 
     def finalize(self) -> None:
         """Stop serving."""

@@ -251,6 +251,7 @@ def test_memory_is_never_promised_twice(make_scheduler: Callable[..., Scheduler]
         ([5], {"max_tokens": 0}, "max_tokens is 0"),
         ([5], {"max_tokens": -3}, "max_tokens is -3"),
         ([], {}, "no tokens"),
+        ([5], {"presence_penalty": float("nan")}, "presence_penalty is nan"),
         ([5, 10_000], {}, "outside 0"),
         ([-1], {}, "outside 0"),
         ([5] * 100, {"max_tokens": 100}, "more than the 128 positions"),
