@@ -243,7 +243,6 @@ def _repository(
     from mskip.exporters.onnx_export import export_run
     from mskip.exporters.triton.repository import FOLDER, write_repository
 
-    deployment.release  # noqa: B018  # refuse an unknown one before anything is made
     run = open_run(path)
     require_unit(routing_unit(run), "sequence", "mskip export --triton")
     run.calibration()

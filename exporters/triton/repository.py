@@ -84,6 +84,7 @@ class Deployment:
         for name, least in (("sequences", 1), ("positions", 2), ("instances", 1), ("queue", 1)):
             if getattr(self, name) < least:
                 raise MskipError(f"{name} is {getattr(self, name)}.", f"It is {least} or more.")
+        release(self.target)
         if self.backend == "tensorrt" and self.weights != "float":
             raise MskipError("TensorRT's graph has no rounded weights.", "Leave out --weights.")
 

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
-    from mskip.exporters.fused_runner import FusedRunner
+    from mskip.exporters.ort_runner import OrtRunner
     from mskip.exporters.triton.server import Server
 
 WAIT = 60.0
@@ -42,7 +42,7 @@ class Served:
 
     server: Server
     folder: Path
-    runner: FusedRunner
+    runner: OrtRunner
     texts: Any
 
     def post(self, path: str, value: Any) -> tuple[int, str]:
@@ -88,7 +88,7 @@ def served(calibrated: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     runner = open_runner(calibrated.run.path / "ort", threads=1)
     ports = free_ports()
     with started(install_server(), folder / "models", place / "log.txt", ports) as server:
-        yield Served(server, folder, runner, Texts(folder / "models/tokenizer/1"))  # type: ignore[arg-type]
+        yield Served(server, folder, runner, Texts(folder / "models/tokenizer/1"))
 
 
 @pytest.mark.parametrize("text", PROMPTS)
@@ -326,13 +326,18 @@ def test_the_client_in_the_repository_passes(served: Served) -> None:
 
 
 def test_the_client_says_what_fails(served: Served) -> None:
-    """No server: status 1 and a line; another server: its checks fail."""
+    """No server: status 1 and a line. No metrics: that check alone, by name, and status 1."""
     client = [sys.executable, str(served.folder / "client.py")]
     done = subprocess.run(
         [*client, "--url", "http://127.0.0.1:9"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert "no server is ready" in done.stderr
+    here = ["--url", served.server.ports.url, "--metrics", "http://127.0.0.1:9"]
+    done = subprocess.run([*client, *here], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    assert [line.split()[1] for line in failed] == ["meters"], done.stdout
 
 
 def test_reloads_while_it_serves(served: Served) -> None:
@@ -365,6 +370,8 @@ def test_reloads_while_it_serves(served: Served) -> None:
     for thread in threads:
         thread.join(WAIT)
     assert status == 200, body
+    log = served.server.log.read_text(encoding="utf-8")
+    assert log.count("successfully loaded 'generate'") == 2
     assert not faults, faults[:1]
     assert found
     assert all(ids == expected.tokens[0] for ids in found)
