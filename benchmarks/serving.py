@@ -98,12 +98,13 @@ def request(ports: Ports, *, cancel_after: int | None = None, **values: Any) -> 
     return made
 
 
-def metric(ports: Ports, start: str) -> float:
-    """Sum of the metrics whose lines begin so."""
-    connection = http.client.HTTPConnection("127.0.0.1", ports.metrics, timeout=60)
-    connection.request("GET", "/metrics")
-    lines = connection.getresponse().read().decode().splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(start))
+def measured(ports: Ports) -> dict[str, Any]:
+    """What the served model has measured so far."""
+    connection = http.client.HTTPConnection("127.0.0.1", ports.http, timeout=60)
+    connection.request("POST", "/v2/models/generate/generate", b'{"server_statistics": true}')
+    answer = json.load(connection.getresponse())
+    found: dict[str, Any] = json.loads(answer["statistics"])["model_stats"][0]
+    return found
 
 
 @contextmanager
@@ -284,14 +285,13 @@ def soak(run: Run, minutes: float, threads: int, place: Path) -> dict[str, Any]:
             left = max(0.0, end - time.monotonic())
             print(f"{left:.0f} s left, {dict(counts)}, {memory[-1] / 1e6:.0f} MB", flush=True)
         time.sleep(2)
+        found = measured(server.ports)
         held = {
-            name: metric(server.ports, name)
-            for name in ("mskip_kv_bytes{", "mskip_active_sequences", "mskip_queued_requests")
+            "kv_bytes": found["kv_bytes"]["held"],
+            **{name: found[name] for name in ("active_sequences", "queued_requests")},
         }
-        outcomes = {
-            name: metric(server.ports, f'mskip_requests_total{{model="generate",outcome="{name}"')
-            for name in ("end", "length", "stop", "cancelled", "refused", "error")
-        }
+        ends = ("end", "length", "stop", "cancelled", "refused", "error")
+        outcomes = {name: found["requests"].get(name, 0) for name in ends}
         alive = server.process.poll() is None
         after = _resident(server)
     return {

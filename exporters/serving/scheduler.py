@@ -347,6 +347,7 @@ class Scheduler:
 
     def _count_prompt(self, running: _Running) -> None:
         assert running.routing is not None
+        self.meter.add("mskip_prompts_total", 1)
         self.meter.add("mskip_tokens_total", len(running.request.ids), kind="prompt")
         self.meter.add("mskip_queue_seconds_total", running.started - running.arrived)
         self.meter.add("mskip_prefill_seconds_total", running.read - running.started)

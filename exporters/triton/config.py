@@ -159,6 +159,7 @@ GENERATE_INPUTS = [
     Tensor("return_num_output_tokens", "bool", optional=True),
     Tensor("tau", "float32", (-1,), optional=True),
     Tensor("capacity", "float32", optional=True),
+    Tensor("server_statistics", "bool", optional=True),
 ]
 """What "generate" takes; those of the OpenAI frontend, and what mskip adds."""
 GENERATE_OUTPUTS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,10 +28,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, "text/html; charset=utf-8", self.page)
         elif self.path == "/metrics":
             self._pass_on("GET", self.ports.metrics, None)
+        elif self.path == "/stats":
+            self._statistics()
         elif self.path.startswith("/v2/"):
             self._pass_on("GET", self.ports.http, None)
         else:
-            self._answer(404, "text/plain", b"there is / and /metrics and /v2/...\n")
+            self._answer(404, "text/plain", b"there is / and /metrics and /stats and /v2/...\n")
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
@@ -39,6 +42,23 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, "text/plain", b"only requests to generate and ensemble\n")
             return
         self._pass_on("POST", self.ports.http, self.rfile.read(int(length)))
+
+    def _statistics(self) -> None:
+        """What "generate" has measured, as JSON and not as a text within JSON."""
+        upstream = http.client.HTTPConnection(HOST, self.ports.http, timeout=60)
+        try:
+            upstream.request("POST", "/v2/models/generate/generate", b'{"server_statistics": true}')
+            answer = upstream.getresponse()
+            body = answer.read()
+            if answer.status == 200:
+                body = json.loads(body)["statistics"].encode()
+            self._answer(answer.status, "application/json", body)
+        except ConnectionRefusedError:
+            self._answer(502, "text/plain", b"the server does not answer\n")
+        except OSError:
+            pass
+        finally:
+            upstream.close()
 
     def _pass_on(self, method: str, port: int, body: bytes | None) -> None:
         upstream = http.client.HTTPConnection(HOST, port, timeout=600)

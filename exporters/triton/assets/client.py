@@ -63,6 +63,10 @@ class Server:
             if line.startswith("data:")
         ]
 
+    def statistics(self) -> dict[str, Any]:
+        found = json.loads(self.generate(server_statistics=True)["statistics"])
+        return dict(found["model_stats"][0])
+
     def metric(self, name: str) -> float:
         with urllib.request.urlopen(self.metrics_url + "/metrics", timeout=self.timeout) as answer:
             text = answer.read().decode()
@@ -171,8 +175,37 @@ def meters(server: Server) -> str:
     return f"{server.metric('mskip_tokens_total'):.0f} tokens so far"
 
 
+def reports(server: Server) -> str:
+    """Statistics as JSON: a request is counted once, with a decision for each routed layer."""
+    before = server.statistics()
+    made = json.loads(server.generate(text_input=PROMPTS[6], max_tokens=4)["statistics"])
+    after = server.statistics()
+    if after["instance"] != before["instance"]:
+        return "several instances, each with its own"
+    prompts = after["queue"]["count"] - before["queue"]["count"]
+    # The server may have others to serve.
+    expect(prompts >= 1, f"{prompts} prompts were counted")
+    expect(sorted(after["layers"], key=int) == list(map(str, made["layers"])), "other layers")
+    for name, layer in after["layers"].items():
+        decided = layer["executed"] + layer["skipped"]
+        # One prompt may be in the middle of being counted.
+        missing = after["queue"]["count"] - decided
+        expect(0 <= missing <= 1, f"layer {name} has {decided} decisions")
+    return f"capacity {after['capacity']:.2f} over {after['queue']['count']} prompts"
+
+
 CHECKS = [
-    *(answers, streams, alone_or_together, turns_the_dial, draws, ensemble, refuses, meters),
+    *(
+        answers,
+        streams,
+        alone_or_together,
+        turns_the_dial,
+        draws,
+        ensemble,
+        refuses,
+        meters,
+        reports,
+    ),
 ]
 
 

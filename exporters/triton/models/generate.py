@@ -11,9 +11,16 @@ import triton_python_backend_utils as pb_utils
 from mskip_serving.batch import Batch
 from mskip_serving.dial import read_dial
 from mskip_serving.graph import Arrays, Graph, LocalGraph, RemoteGraph, read_shape
-from mskip_serving.meter import TritonMeter
+from mskip_serving.meter import TritonMeter, report
 from mskip_serving.sampling import Sampling
-from mskip_serving.scheduler import Event, Limits, Request, Scheduler, measured_savings
+from mskip_serving.scheduler import (
+    Event,
+    Limits,
+    RefusedError,
+    Request,
+    Scheduler,
+    measured_savings,
+)
 from mskip_serving.texts import Texts
 
 HERE = Path(__file__).parent
@@ -41,28 +48,46 @@ class TritonPythonModel:
         # cannot be called yet.
         local = isinstance(graph, LocalGraph)
         savings = measured_savings(batch) if local else None
-        meter = TritonMeter(pb_utils, {"model": args["model_name"]})
+        instance = args["model_instance_name"]
+        self.identity = {
+            "name": args["model_name"],
+            "version": args["model_version"],
+            "instance": instance,
+        }
+        labels = {"model": args["model_name"], "model_instance": instance}
+        self.meter = TritonMeter(pb_utils, labels)
         limits = Limits(int(values["queue"]), int(values["kv_bytes"]))
         options = {} if savings is None else {"savings": savings}
-        self.scheduler = Scheduler(batch, self.texts.decode, meter, limits, **options)
+        self.scheduler = Scheduler(batch, self.texts.decode, self.meter, limits, **options)
 
     def execute(self, requests: list[Any]) -> None:
         """Queue the requests; they are answered as they get on."""
         for request in requests:
-            sender = request.get_response_sender()
+            sender, given = request.get_response_sender(), _Given(request)
             try:
-                self.scheduler.submit(self._asked(request, sender))
-            except ValueError as error:
+                if given.one("server_statistics", False):
+                    self._report(given, sender)
+                else:
+                    self.scheduler.submit(self._asked(given, sender))
+            except RefusedError as error:  # the scheduler has counted it
                 _fail(sender, str(error))
             except Exception as error:  # a request that nobody thought of ends itself alone
-                _fail(sender, f"{type(error).__name__}: {error}")
+                self.meter.add("mskip_requests_total", 1, outcome="refused")
+                words = str(error) if isinstance(error, ValueError) else ""
+                _fail(sender, words or f"{type(error).__name__}: {error}")
 
     def finalize(self) -> None:
         """Stop serving."""
         self.scheduler.close()
 
-    def _asked(self, request: Any, sender: Any) -> Request:
-        given = _Given(request)
+    def _report(self, given: _Given, sender: Any) -> None:
+        """Answer with what was measured so far, in the manner of Triton's own statistics."""
+        if any(given.get(name) is not None for name in ("text_input", "input_ids")):
+            raise ValueError("server_statistics is asked for alone, without a text.")
+        found = {"model_stats": [{**self.identity, **report(self.meter)}]}
+        _Answers(sender, 0, stream=False)(Event(ended="", statistics=found))
+
+    def _asked(self, given: _Given, sender: Any) -> Request:
         ids = given.get("input_ids")
         text = given.get("text_input")
         if (ids is None) == (text is None):

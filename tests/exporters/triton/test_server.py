@@ -66,6 +66,11 @@ class Served:
             lines = answer.read().decode().splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(start))
 
+    def statistics(self) -> dict[str, Any]:
+        found = json.loads(self.generate(server_statistics=True)["statistics"])
+        (model,) = found["model_stats"]
+        return dict(model)
+
     def expected(self, text: str, tokens: int, tau: Any = None) -> Any:
         """Of the runner that parity was proven with."""
         ids = self.texts.ids(text)
@@ -186,9 +191,69 @@ def test_32_clients_at_a_time(served: Served) -> None:
     assert served.metric("mskip_active_sequences") == 0
 
 
+def test_statistics_as_json(served: Served) -> None:
+    """They count what was asked, agree with the metrics, and have Triton's own counts of time."""
+    before = served.statistics()
+    made = [
+        json.loads(served.generate(text_input=text, max_tokens=5, capacity=0.5)["statistics"])
+        for text in PROMPTS
+    ]
+    served.post("/v2/models/generate/generate", {"text_input": "one", "tau": 2.0})
+    after = served.statistics()
+
+    assert (after["name"], after["instance"]) == ("generate", "generate_0_0")
+    read = sum(each["prompt_tokens"] for each in made)
+    assert after["tokens"]["prompt"] - before["tokens"]["prompt"] == read
+    generated = sum(each["tokens"] for each in made)
+    assert after["tokens"]["generated"] - before["tokens"]["generated"] == generated
+    for phase in ("queue", "prefill"):
+        assert after[phase]["count"] - before[phase]["count"] == len(PROMPTS)
+    assert after["prefill"]["ns"] > before["prefill"]["ns"]
+    refused = after["requests"]["refused"] - before["requests"].get("refused", 0)
+    assert refused == 1
+    for index, (layer, counts) in enumerate(after["layers"].items()):
+        executed = sum(each["decisions"][index] for each in made)
+        assert counts["executed"] - before["layers"][layer]["executed"] == executed
+        decided = counts["executed"] + counts["skipped"]
+        assert counts["skip_rate"] == counts["skipped"] / decided
+        labels = f'mskip_decisions_total{{decision="skip",layer="{layer}"'
+        assert served.metric(labels) == counts["skipped"]
+    assert after["capacity"] == served.metric("mskip_capacity{")
+    held = after["kv_bytes"]
+    assert (held["held"], held["reserved"]) == (0, 0)
+    assert held["budget"] == served.metric("mskip_kv_bytes_budget") > 0
+
+
+def test_instances_measure_apart(make_repository: Callable[..., Path], tmp_path: Path) -> None:
+    """Two schedulers of one model: neither writes over what the other has measured."""
+    from mskip.exporters.triton.server import free_ports, install_server, started
+
+    folder = make_repository(instances=2, kv_mib=64)
+    with started(install_server(), folder / "models", tmp_path / "log.txt", free_ports()) as server:
+        both = Served(server, folder, None, None)
+        wanted = {"generate_0_0", "generate_0_1"}
+        found: dict[str, dict[str, Any]] = {}
+        end = time.monotonic() + WAIT
+        while set(found) != wanted or sum(f["queue"]["count"] for f in found.values()) < 8:
+            assert time.monotonic() < end, found
+            if sum(each["queue"]["count"] for each in found.values()) < 8:
+                both.generate(text_input=PROMPTS[0], max_tokens=2)
+            latest = both.statistics()
+            found[latest["instance"]] = latest
+        assert both.metric("mskip_kv_bytes_budget") == 2 * (64 << 20)
+
+
+def test_statistics_are_asked_for_alone(served: Served) -> None:
+    status, body = served.post(
+        "/v2/models/generate/generate", {"server_statistics": True, "text_input": "one"}
+    )
+    assert status >= 400
+    assert "alone" in body
+
+
 def test_a_client_that_goes_frees_its_memory(served: Served) -> None:
     """A stream that is closed is cancelled, before it has made all its tokens."""
-    before = served.metric('mskip_requests_total{model="generate",outcome="cancelled"}')
+    before = served.statistics()["requests"].get("cancelled", 0)
     body = {"text_input": PROMPTS[0], "max_tokens": 240, "stream": True, "temperature": 1.0}
     closed = 0
     for seed in range(20):
@@ -202,7 +267,7 @@ def test_a_client_that_goes_frees_its_memory(served: Served) -> None:
     while served.metric("mskip_active_sequences") or served.metric("mskip_queued_requests"):
         assert time.monotonic() < end
         time.sleep(0.05)
-    gone = served.metric('mskip_requests_total{model="generate",outcome="cancelled"}') - before
+    gone = served.statistics()["requests"]["cancelled"] - before
     assert gone > 0, f"none of {closed} was cancelled"
     assert served.metric("mskip_kv_bytes{") == 0
 
@@ -322,7 +387,7 @@ def test_the_client_in_the_repository_passes(served: Served) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout
-    assert done.stdout.count("ok ") == 8
+    assert done.stdout.count("ok ") == 9
 
 
 def test_the_client_says_what_fails(served: Served) -> None:
@@ -427,6 +492,8 @@ def test_the_page_passes_on_nothing_else(served: Served) -> None:
                 urllib.request.urlopen(f"{address}{path}", b"{}")
         with urllib.request.urlopen(f"{address}metrics") as answer:
             assert b"mskip_tokens_total" in answer.read()
+        with urllib.request.urlopen(f"{address}stats") as answer:
+            assert json.load(answer)["model_stats"][0]["name"] == "generate"
 
 
 def as_twin(folder: Path) -> None:
