@@ -52,7 +52,7 @@ def finished(run: Run, recipe: Recipe) -> dict[str, Any]:
 
     reports: dict[str, Any] = {}
     times: dict[str, float] = {}
-    asked = recipe.routing.capacity, recipe.calibration.per_layer
+    asked = recipe.routing.capacity, recipe.calibration.per_layer, None
     for step, name in _OUTPUTS.items():
         path = run.path / name
         before = 0.0 if step == "tune" else times.get(_READS[step])
@@ -61,8 +61,10 @@ def finished(run: Run, recipe: Recipe) -> dict[str, Any]:
         report = read_json(path, f"{step} report", "Run again without --resume.")
         if step == "tune" and not is_tuned(run):
             continue
-        if step == "calibrate" and (report.get("target"), report.get("per_layer")) != asked:
-            continue
+        if step == "calibrate":
+            found = report.get("target"), report.get("per_layer"), report.get("data")
+            if found != asked:
+                continue
         reports[step], times[step] = report, path.stat().st_mtime
     return reports
 

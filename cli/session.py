@@ -110,10 +110,14 @@ def overridden(
     overrides = [*overrides]
     for key, value in (("model.name", model), ("data.source", data)):
         if value is not None:
-            # A folder or file stays the same one when later commands run elsewhere.
-            path = Path(value).expanduser()
-            overrides.append(f"{key}={json.dumps(str(path.resolve()) if path.exists() else value)}")
+            overrides.append(f"{key}={json.dumps(lasting(value))}")
     return overrides
+
+
+def lasting(name: str) -> str:
+    """A folder or file by a path that stays the same one when later commands run elsewhere."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def is_tuned(run: Run) -> bool:

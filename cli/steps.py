@@ -24,7 +24,14 @@ from mskip.cli.options import (
     TrustRemoteCode,
     Weights,
 )
-from mskip.cli.session import DEFAULT_RECIPE, check_same_recipe, is_tuned, resolve, working
+from mskip.cli.session import (
+    DEFAULT_RECIPE,
+    check_same_recipe,
+    is_tuned,
+    lasting,
+    resolve,
+    working,
+)
 
 app = typer.Typer()
 
@@ -102,7 +109,8 @@ def tune(
 
 @app.command(
     rich_help_panel="Steps of a run",
-    epilog="Example: mskip calibrate --capacity 0.5, or: mskip calibrate --max-kl 0.2",
+    epilog="Example: mskip calibrate --capacity 0.5, or for other prompts: "
+    "mskip calibrate --capacity 0.5 --data prompts.jsonl",
 )
 def calibrate(
     run: RunFolder = None,
@@ -132,6 +140,17 @@ def calibrate(
             help="One tau a layer, or one for all; the recipe says which.",
         ),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="Prompts like those that will be served; those kept apart in tuning without it.",
+        ),
+    ] = None,
+    max_length: Annotated[
+        int,
+        typer.Option(min=2, metavar="TOKENS", help="Longer prompts of --data are left out."),
+    ] = 2048,
     as_json: AsJson = False,
 ) -> None:
     """Find the threshold tau for one goal: a share, a limit on quality, or a speedup."""
@@ -152,12 +171,14 @@ def calibrate(
     recipe = opened.recipe()
     goal = goals[0] if goals else Goal("capacity", recipe.routing.capacity)
     goal.check()  # before the model is loaded
-    from mskip.compressor.calibrate_step import calibrate_run
+    from mskip.compressor.calibrate_step import OtherPrompts, calibrate_run
 
+    other = None if data is None else OtherPrompts(lasting(data), max_length)
     each = recipe.calibration.per_layer if per_layer is None else per_layer
     with working(recipe.model) as (base, progress):
+        per_layer = each and goal.is_share
         report = calibrate_run(
-            opened, base, goal, per_layer=each and goal.is_share, progress=progress
+            opened, base, goal, per_layer=per_layer, other=other, progress=progress
         )
     console.emit(report, as_json, tables.calibrated)
     if not as_json:

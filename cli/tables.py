@@ -127,6 +127,8 @@ def calibrated(report: dict[str, Any]) -> None:
         f"margins |score - tau|: min {margins['min']:.2g}, 5 % {margins['p05']:.2g}, "
         f"median {margins['median']:.2g}"
     )
+    if other := report["data"]:
+        say(f"prompts: {other['source']}", whole=True)
     for warning in report["warnings"]:
         say(f"warning: {warning}", WARNED)
 

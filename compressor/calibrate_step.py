@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from mskip.compressor.models import BaseModel
 from mskip.compressor.patching import patched
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.router import Routers
-from mskip.compressor.samples import Samples, run_samples
+from mskip.compressor.samples import OTHER_SAMPLES, Samples, other_prompts, run_samples
 from mskip.compressor.token_calibration import (
     executed_share,
     find_token_tau,
@@ -37,8 +38,27 @@ CAPACITY_STEPS = 64
 """A limit on quality is met to one part in so many of the capacity."""
 
 
+@dataclass(frozen=True)
+class OtherPrompts:
+    """Prompts to calibrate on that are not the recipe's.
+
+    Attributes:
+        source: see `mskip.compressor.data.read_conversations`.
+        max_length: in tokens, prompt and answer together; longer prompts are left out.
+    """
+
+    source: str
+    max_length: int = 2048
+
+
 def calibrate_run(
-    run: Run, base: BaseModel, goal: Goal, *, per_layer: bool, progress: Progress = silent
+    run: Run,
+    base: BaseModel,
+    goal: Goal,
+    *,
+    per_layer: bool,
+    other: OtherPrompts | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Find tau for a goal and report on held-out prompts.
 
@@ -50,6 +70,8 @@ def calibrate_run(
         base: its base model.
         goal: what tau has to reach.
         per_layer: one tau a layer, each executing the wanted share.
+        other: prompts to calibrate and report on; None takes those kept apart in tuning. The
+            steps after this one take the same.
         progress: one unit a trial.
 
     Returns:
@@ -71,7 +93,13 @@ def calibrate_run(
     unit = routers.sublayers.unit
     if unit == "token":
         _check_token_goal(goal, per_layer)
-    samples = run_samples(run, recipe, base, progress)
+    if other is None:
+        samples = run_samples(run, recipe, base, progress)
+    else:
+        # Positions that the model does not have are of no use to it.
+        known = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+        other = replace(other, max_length=min(other.max_length, known or other.max_length))
+        samples = other_prompts(run, recipe, base, other.source, other.max_length, progress)
     limit = recipe.calibration.max_evaluations
     if unit == "token":
         found = _of_tokens(base, routers, samples, goal.share, limit, progress)
@@ -83,10 +111,13 @@ def calibrate_run(
         "target": found.target,
         "goal": {"kind": goal.kind, "value": goal.value, **found.reached},
         "per_layer": per_layer,
+        "data": None if other is None else asdict(other),
         "prompts": {"calibration": len(samples.calibration), "held_out": len(samples.held_out)},
         **found.report(routers.layers, unit, dtype),
     }
     run.write_calibration(calibration)
+    if other is None:
+        (run.path / OTHER_SAMPLES).unlink(missing_ok=True)
     run.forget_reports(*AFTER_CALIBRATION)
     return calibration
 

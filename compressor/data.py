@@ -31,23 +31,27 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Either turns (`messages`) or a plain document (`text`), never both.
+    """Turns (`messages`), or a plain document (`text`), or a plain prompt with what follows it.
+
+    A plain `prompt` is read as it stands, without a chat template; `text` is then its
+    completion, and None leaves that to the dense model.
 
     Raises:
-        ValueError: both are given, or neither.
+        ValueError: turns and something plain are given, or neither.
     """
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
+    prompt: str | None = None
 
     def __post_init__(self) -> None:
-        if bool(self.messages) == (self.text is not None):
+        if bool(self.messages) == (self.text is not None or self.prompt is not None):
             raise ValueError("a conversation has either messages or text")
 
     @property
     def answered(self) -> bool:
-        """There is something to score: a last assistant turn, or a document's second half."""
-        return self.text is not None or self.messages[-1].role == "assistant"
+        """There is something to score: a last assistant turn, a completion, or half a document."""
+        return self.messages[-1].role == "assistant" if self.messages else self.text is not None
 
 
 def read_conversations(
@@ -207,6 +211,11 @@ def _single_turn(request: str, answer: str) -> Conversation:
     return Conversation((asked, Message("assistant", answer)) if answer else (asked,))
 
 
+def _from_prompt(record: Mapping[str, Any], where: str) -> Conversation | None:
+    completion = _optional_text(record, "completion", where)
+    return Conversation(prompt=_text(record, "prompt", where), text=completion or None)
+
+
 def _from_text(record: Mapping[str, Any], where: str) -> Conversation | None:
     return Conversation(text=_text(record, "text", where))
 
@@ -218,12 +227,13 @@ _FORMATS: dict[str, Callable[[Mapping[str, Any], str], Conversation | None]] = {
     "conversations": _from_sharegpt,
     "instruction": _from_alpaca,
     **{asked: partial(_from_pair, asked=asked) for asked in _PAIRS},
+    "prompt": _from_prompt,
     "text": _from_text,
 }
 _FORMATS_HELP = (
     "A record has 'messages' (role, content), 'conversations' (from, value), "
     "'instruction' (with 'input' and 'output'), 'query' and 'response', 'question' and "
-    "'answer', or 'text'."
+    "'answer', 'prompt' (with 'completion'), or 'text'."
 )
 _ROLES: dict[str, dict[str, Role]] = {
     "role": {"system": "system", "user": "user", "assistant": "assistant"},

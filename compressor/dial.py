@@ -12,7 +12,7 @@ from mskip.compressor.files import read_json, sha256, write_json
 from mskip.compressor.models import BaseModel
 from mskip.compressor.patching import patched
 from mskip.compressor.progress import Progress, silent
-from mskip.compressor.samples import run_samples
+from mskip.compressor.samples import calibrated_samples
 
 DIAL = "dial.json"
 """File of a run."""
@@ -54,7 +54,7 @@ def find_dial(
     routed = len(routers.layers)
     scores = torch.tensor([layer["scores"] for layer in calibration["layers"]]).flatten()
     found: dict[float, list[float]] = {}
-    samples = run_samples(run, run.recipe(), base, progress)
+    samples = calibrated_samples(run, run.recipe(), base, progress)
     with patched(base.model, routers.sublayers), torch.no_grad():
         scorer = PromptScorer(base, routers, samples.calibration)
         everyone = list(range(len(scorer)))

@@ -53,8 +53,9 @@ def encode(
     ids are those of the prompt tokenised alone: what a server sees is what the router
     was tuned on.
 
-    A document is cut to ``max_length``; the first half of its tokens (rounded down, at
-    least 1) is the prompt and the rest the answer. It gets no end token.
+    A plain prompt and its completion stand as they are, between no marks. A document is cut
+    to ``max_length``; the first half of its tokens (rounded down, at
+    least 1) is the prompt and the rest the answer. Neither gets an end token.
 
     Too long: the answer is cut at its end. A prompt is never cut, as every cut breaks
     the template or the request. Where it leaves no room for one answer token, an
@@ -73,6 +74,9 @@ def encode(
     Raises:
         DataError: the chat template refuses the turns.
     """
+    if conversation.prompt is not None:
+        texts = conversation.prompt, conversation.text or ""
+        return _encode_pair(_opening(tokenizer), *texts, tokenizer, max_length)
     if conversation.text is not None:
         ids = _opening(tokenizer) + _ids(tokenizer, conversation.text)
         ids = ids[:max_length]
@@ -189,6 +193,17 @@ def _encode_turns(
     else:
         opening = _opening(tokenizer)
         prompt, answer = _headed(messages, tokenizer)
+    return _encode_pair(opening, prompt, answer, tokenizer, max_length)
+
+
+def _encode_pair(
+    opening: list[int],
+    prompt: str,
+    answer: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> Sample | None:
+    """The sample of two texts; None when the prompt leaves no room for an answer."""
     prompt_ids = opening + _ids(tokenizer, prompt)
     if not 1 <= len(prompt_ids) <= max_length - 1:
         return None

@@ -16,7 +16,7 @@ from mskip.compressor.models import BaseModel
 from mskip.compressor.patching import patched
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.recipe import Recipe
-from mskip.compressor.samples import Samples, read_samples, run_samples
+from mskip.compressor.samples import Samples, calibrated_samples, read_samples
 from mskip.compressor.units import routed_passes
 
 
@@ -114,6 +114,6 @@ def _evaluation_samples(
     run: Run, recipe: Recipe, base: BaseModel, source: str | None, progress: Progress
 ) -> list[Sample]:
     if source is None:
-        samples: Samples = run_samples(run, recipe, base, progress)
+        samples: Samples = calibrated_samples(run, recipe, base, progress)
         return samples.held_out
     return read_samples(source, recipe, base, recipe.evaluation.prompts, progress)

@@ -1,13 +1,15 @@
 """The samples of a run: read, encoded, answered by the dense model, divided, kept.
 
 The answers cost a minute on two cores, so they are kept in the run; they are
-made again when the data, the tokenisation or the base model changes.
+made again when the data, the tokenisation or the base model changes. A run that was
+calibrated on other prompts than it was tuned on has those beside its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +23,9 @@ from mskip.compressor.files import sha256, write_text
 from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.recipe import Recipe
+
+OTHER_SAMPLES = "calibration_samples.jsonl"
+"""Other prompts that a run was calibrated on; a file of the run."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,8 @@ def read_samples(
     if not usable:
         raise DataError(
             f"{source}: none of {len(conversations)} conversations is usable: every prompt is "
-            f"longer than tuning.max_length = {recipe.tuning.max_length} or has no answer.",
+            f"longer than {recipe.tuning.max_length} tokens or has no answer.",
+            "Give shorter prompts, or raise tuning.max_length (in mskip calibrate --max-length).",
         )
     return usable
 
@@ -84,6 +90,69 @@ def run_samples(run: Run, recipe: Recipe, base: BaseModel, progress: Progress = 
     Raises:
         DataError: see `read_samples` and `split_samples`.
     """
+    data = recipe.data
+    extra = data.calibration + data.held_out
+    limit = None if data.max_samples is None else data.max_samples + extra
+    samples = _kept_samples(run.path / "samples.jsonl", recipe, base, limit, progress)
+    return Samples(*split_samples(samples, data.calibration, data.held_out, data.seed))
+
+
+def other_prompts(
+    run: Run,
+    recipe: Recipe,
+    base: BaseModel,
+    source: str,
+    max_length: int,
+    progress: Progress = silent,
+) -> Samples:
+    """Samples of other prompts than the recipe's: none to tune on, the others halved at most.
+
+    Args:
+        run: keeps them in ``calibration_samples.jsonl``.
+        recipe: says how many are wanted.
+        base: the dense model.
+        source: see `read_conversations`.
+        max_length: in tokens, prompt and answer together; longer prompts are left out.
+        progress: shows the answers being written.
+
+    Raises:
+        DataError: see `read_samples`; or there is one only.
+    """
+    data = recipe.data
+    other = recipe.model_copy(
+        update={
+            "data": data.model_copy(update={"source": source, "max_samples": None}),
+            "tuning": recipe.tuning.model_copy(update={"max_length": max_length}),
+        }
+    )
+    kept = run.path / OTHER_SAMPLES
+    samples = _kept_samples(kept, other, base, data.calibration + data.held_out, progress)
+    if len(samples) < 2:
+        raise DataError(f"{source}: one usable prompt is too few.", "Give 2 or more.")
+    random.Random(data.seed).shuffle(samples)
+    held_out = min(data.held_out, len(samples) // 2)
+    return Samples([], samples[held_out:][: data.calibration], samples[:held_out])
+
+
+def calibrated_samples(
+    run: Run, recipe: Recipe, base: BaseModel, progress: Progress = silent
+) -> Samples:
+    """The samples that a run was calibrated on: its own, or others that it was given.
+
+    Raises:
+        ArtifactError: not calibrated.
+        DataError: see `run_samples` and `other_prompts`.
+    """
+    other = run.calibration().get("data")
+    if other is None:
+        return run_samples(run, recipe, base, progress)
+    return other_prompts(run, recipe, base, other["source"], other["max_length"], progress)
+
+
+def _kept_samples(
+    kept: Path, recipe: Recipe, base: BaseModel, limit: int | None, progress: Progress
+) -> list[Sample]:
+    """`read_samples` of the recipe, from a file where that is still right."""
     data = recipe.data
     key = hashlib.sha256(
         json.dumps(
@@ -96,15 +165,12 @@ def run_samples(run: Run, recipe: Recipe, base: BaseModel, progress: Progress = 
             ]
         ).encode()
     ).hexdigest()
-    cached = run.path / "samples.jsonl"
-    samples = _read_cache(cached.read_bytes(), key) if cached.is_file() else None
+    samples = _read_cache(kept.read_bytes(), key) if kept.is_file() else None
     if samples is None:
-        extra = data.calibration + data.held_out
-        limit = None if data.max_samples is None else data.max_samples + extra
         samples = read_samples(data.source, recipe, base, limit, progress)
         lines = [json.dumps({"key": key}), *(json.dumps(asdict(sample)) for sample in samples)]
-        write_text(cached, "\n".join(lines) + "\n")
-    return Samples(*split_samples(samples, data.calibration, data.held_out, data.seed))
+        write_text(kept, "\n".join(lines) + "\n")
+    return samples
 
 
 def batches_of(samples: list[Sample], base: BaseModel, size: int) -> list[Batch]:

@@ -16,7 +16,7 @@ from mskip.compressor.models import BaseModel
 from mskip.compressor.patching import patched
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.router import Routers
-from mskip.compressor.samples import Samples, run_samples
+from mskip.compressor.samples import Samples, calibrated_samples
 from mskip.compressor.units import prompt_paths, routed_passes, ties_of
 
 CAPACITIES = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
@@ -45,7 +45,7 @@ def sweep_run(
     """
     recipe = run.recipe()
     routers = load_routers(run, base).to(base.model.device)
-    samples = run_samples(run, recipe, base, progress)
+    samples = calibrated_samples(run, recipe, base, progress)
     sublayers = routers.sublayers
     bare = replace(sublayers, compensation=None)
     orders = saved_orders(run, routers.layers)

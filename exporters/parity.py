@@ -19,7 +19,7 @@ from mskip.compressor.errors import ArtifactError
 from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.recipe import RoundedLimits, ValidationSpec
-from mskip.compressor.samples import run_samples
+from mskip.compressor.samples import calibrated_samples
 from mskip.compressor.sublayers import require_unit
 from mskip.exporters.contract import Contract
 from mskip.exporters.laziness import measure_laziness
@@ -337,7 +337,7 @@ def validate_run(
             f"Export again: {command}",
         )
     engine = open_runner(folder)
-    divided = run_samples(run, recipe, base, progress)
+    divided = calibrated_samples(run, recipe, base, progress)
     samples = [*divided.held_out, *divided.calibration][: spec.prompts]
     prompts = [sample.input_ids[: sample.prompt_length] for sample in samples]
     with TorchRunner(base, routers, engine.contract) as reference:

@@ -61,7 +61,7 @@ def triton(mskip: Any, done: Callable[..., str], run: Path) -> None:
     assert "alone or together" in checked
     report = json.loads(done("serve", "--check", "--json"))
     assert report["passed"]
-    assert len(report["checks"]) == 8
+    assert len(report["checks"]) == 9
     (run / "triton/README.md").write_text("changed")
     faulty = mskip("lint", "--json")
     assert faulty.exit_code == 3
@@ -81,6 +81,23 @@ def triton(mskip: Any, done: Callable[..., str], run: Path) -> None:
     assert mskip("export", "--triton", "--trt").exit_code == 2
 
 
+def other_prompts(mskip: Any, done: Any, run: Path) -> None:
+    """Calibrated on others: eval takes them, too, until the recipe's come back."""
+    others = [{"prompt": f"the question is {n} " + "one two " * n} for n in range(8)]
+    Path("others.jsonl").write_text("".join(json.dumps(each) + "\n" for each in others))
+    whole = done("calibrate", "--capacity", "0.5", "--data", "others.jsonl")
+    assert "others.jsonl" in whole
+    saved = json.loads((run / "calibration.json").read_text())
+    assert saved["data"] == {"source": str(Path("others.jsonl").resolve()), "max_length": 512}
+    assert saved["prompts"] == {"calibration": 4, "held_out": 4}
+    assert json.loads(done("eval", "--json"))["prompts"] == 4
+    short = mskip("calibrate", "--data", "others.jsonl", "--max-length", "4")
+    assert short.exit_code == 1
+    assert "none of 8" in short.stderr
+    assert "tau" in done("calibrate", "--capacity", "0.5")
+    assert not (run / "calibration_samples.jsonl").exists()
+
+
 def test_the_commands_in_a_row(mskip, tiny_folder):  # noqa: PLR0915  # it is one job
     pytest.importorskip("onnxruntime")
 
@@ -94,7 +111,7 @@ def test_the_commands_in_a_row(mskip, tiny_folder):  # noqa: PLR0915  # it is on
     run = Path("runs/t")
     assert (run / "router.safetensors").is_file()
     assert (run / "recipe.yaml").is_file()
-    assert "tau" in done("calibrate", "--capacity", "0.5")
+    other_prompts(mskip, done, run)
     assert abs(json.loads((run / "calibration.json").read_text())["target"] - 0.5) < 1e-9
     assert "torch" in done("generate", "hello", "--max-new-tokens", "2").lower()
     assert "conditional attentions" in done("export")

@@ -264,11 +264,14 @@ def test_the_page_has_an_example_of_every_format():
 def test_the_examples_of_the_page(tmp_path, record, expected):
     path = tmp_path / "data.jsonl"
     path.write_text(record)
-    turns = []
+    said = []
     for line in expected.splitlines():
         role, _, text = line.partition(": ")
-        text = text.replace("\\n", "\n")
-        turns.append(Message("assistant" if role == "answer" else role, text))
+        said.append((role, text.replace("\\n", "\n")))
     (read,) = read_conversations(str(path))
+    if said[0][0] == "prompt":
+        assert read == Conversation(prompt=said[0][1], text=said[1][1])
+        return
+    turns = [Message("assistant" if role == "answer" else role, text) for role, text in said]
     assert read == Conversation(tuple(turns))
     assert read.answered == ("\nanswer: " in expected)

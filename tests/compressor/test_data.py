@@ -134,6 +134,23 @@ def test_plain_text(tmp_path, lines):
     assert read[0].answered
 
 
+def test_a_plain_prompt(lines):
+    """Read as it stands, with a completion or none; beside a `text` it counts."""
+    read = read_conversations(
+        lines(
+            {"prompt": "Q: 1 + 1?\nA:", "completion": " 2"},
+            {"prompt": "Once", "text": "a rendered copy"},
+            {"prompt": "Twice", "completion": ""},
+        )
+    )
+    assert read == [
+        Conversation(prompt="Q: 1 + 1?\nA:", text=" 2"),
+        Conversation(prompt="Once"),
+        Conversation(prompt="Twice"),
+    ]
+    assert [conversation.answered for conversation in read] == [True, False, False]
+
+
 def test_a_null_column_does_not_say_the_format(lines):
     row = {"messages": None, "instruction": "q", "output": "a", "text": None}
     assert read_conversations(lines(row)) == [turns(("user", "q"), ("assistant", "a"))]
@@ -175,7 +192,7 @@ def test_a_shuffle_takes_from_the_whole_buffer(lines):
         (None, "a record must be an object, not null"),
         (True, "a record must be an object, not true or false"),
         ({}, "unknown format; the record's keys: none"),
-        ({"prompt": "q", "reply": "a"}, "unknown format; the record's keys: 'prompt', 'reply'"),
+        ({"asked": "q", "reply": "a"}, "unknown format; the record's keys: 'asked', 'reply'"),
         ({"messages": None}, "'messages' must be a list, not null"),
         ({"messages": "hi"}, "'messages' must be a list, not text"),
         ({"messages": ["hi"]}, "messages[0] must be an object, not text"),
@@ -246,6 +263,8 @@ def test_a_conversation_is_either_turns_or_text():
         Conversation()
     with pytest.raises(ValueError, match="either"):
         Conversation((Message("user", "q"),), "text")
+    with pytest.raises(ValueError, match="either"):
+        Conversation((Message("user", "q"),), prompt="text")
 
 
 @given(st.lists(st.integers(), max_size=40), st.integers(0, 20), st.integers(0, 20), st.integers(0))

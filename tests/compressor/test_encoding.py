@@ -247,6 +247,19 @@ def test_document_is_half_prompt_half_answer(tokenizers: Tokenizers) -> None:
     assert closes.input_ids == ids
 
 
+def test_plain_prompt_gets_no_template(tokenizers: Tokenizers) -> None:
+    tokenizer = tokenizers["chatml"]
+    prompt, completion = "the question is", " one two three"
+    asked = tokenizer(prompt)["input_ids"]
+    assert encode(Conversation(prompt=prompt), tokenizer, 500) == Sample(asked, len(asked))
+    both = encode(Conversation(prompt=prompt, text=completion), tokenizer, 500)
+    assert both.prompt_length == len(asked)
+    assert tokenizer.decode(both.input_ids[1:]) == prompt + completion
+    cut = encode(Conversation(prompt=prompt, text=completion), tokenizer, len(asked) + 1)
+    assert cut == Sample(both.input_ids[: len(asked) + 1], len(asked))
+    assert encode(Conversation(prompt=prompt, text=completion), tokenizer, len(asked)) is None
+
+
 def test_document_without_tokens_is_dropped(tokenizers: Tokenizers) -> None:
     assert encode(Conversation(text=""), tokenizers["none, adds nothing"], 500) is None
 

@@ -16,7 +16,13 @@ from mskip.compressor.encoding import Sample
 from mskip.compressor.errors import DataError
 from mskip.compressor.models import BaseModel, load_base
 from mskip.compressor.recipe import DataSpec, ModelSpec, Recipe, RoutingSpec, TuningSpec
-from mskip.compressor.samples import batches_of, read_samples, run_samples
+from mskip.compressor.samples import (
+    batches_of,
+    calibrated_samples,
+    other_prompts,
+    read_samples,
+    run_samples,
+)
 
 MakeSamples = Callable[..., list[Sample]]
 
@@ -236,5 +242,39 @@ def test_nothing_usable(tiny: BaseModel, tiny_folder: Path, source: Path) -> Non
     recipe = make_recipe(tiny_folder, source).model_copy(
         update={"tuning": TuningSpec(max_length=8)}
     )
-    with pytest.raises(DataError, match=r"none of 20 .*tuning\.max_length = 8"):
+    with pytest.raises(DataError, match=r"none of 20 .* 8 tokens"):
         read_samples(str(source), recipe, tiny, None)
+
+
+def test_other_prompts_are_halved_at_most(
+    tiny: BaseModel, tiny_folder: Path, source: Path, tmp_path: Path, generations: list[int]
+) -> None:
+    """They come from the other file, as long as is asked, are kept, and end with calibration."""
+    run, recipe = Run(tmp_path / "run"), make_recipe(tiny_folder, source)
+    run_samples(run, recipe, tiny)
+    generations.clear()
+    other = tmp_path / "other.jsonl"
+    rows = [{"prompt": f"the question {number} is " + "one " * 600} for number in range(8)]
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    samples = other_prompts(run, recipe, tiny, str(other), 1000)
+    assert samples.tune == []
+    assert (len(samples.calibration), len(samples.held_out)) == (4, 4)
+    everything = [*samples.calibration, *samples.held_out]
+    assert len({tuple(sample.input_ids) for sample in everything}) == 8
+    assert min(sample.prompt_length for sample in everything) > recipe.tuning.max_length
+    assert sum(generations) == 8
+    assert other_prompts(run, recipe, tiny, str(other), 1000) == samples
+    assert sum(generations) == 8
+
+    run.write_calibration({"tau": [0.5, 0.5], "data": None})
+    own = calibrated_samples(run, recipe, tiny)
+    assert own == run_samples(run, recipe, tiny)
+    run.write_calibration({"tau": [0.5], "data": {"source": str(other), "max_length": 1000}})
+    assert calibrated_samples(run, recipe, tiny) == samples
+
+    with pytest.raises(DataError, match=r"none of 8 .* 600 tokens"):
+        other_prompts(run, recipe, tiny, str(other), 600)
+    other.write_text(json.dumps(rows[0]))
+    with pytest.raises(DataError, match="too few"):
+        other_prompts(run, recipe, tiny, str(other), 1000)
