@@ -127,7 +127,7 @@ def calibrated(report: dict[str, Any]) -> None:
         f"margins |score - tau|: min {margins['min']:.2g}, 5 % {margins['p05']:.2g}, "
         f"median {margins['median']:.2g}"
     )
-    if other := report["data"]:
+    if other := report.get("data"):
         say(f"prompts: {other['source']}", whole=True)
     for warning in report["warnings"]:
         say(f"warning: {warning}", WARNED)

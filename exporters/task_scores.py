@@ -195,7 +195,7 @@ def check_run(run: Run, engine: str, methods: Sequence[str]) -> None:
     for kind, names, known in (("engine", [engine], ENGINES), ("method", methods, METHODS)):
         if unknown := [name for name in names if name not in known]:
             raise MskipError(f"no {kind} '{unknown[0]}'.", f"There are: {', '.join(known)}.")
-    _masks(run, len(run.calibration()["tau"]), methods)
+    forced_decisions(run, len(run.calibration()["tau"]), methods)
     if engine == "onnx":
         _check_export(run)
 
@@ -215,8 +215,8 @@ def score_run(
 
     All three are the same routed model with decisions forced or not, so they differ in the
     decisions and in nothing else; a compensation is in all of them. Static removal takes the
-    run's greedy order where it has one. Answers are kept in ``reports/tasks``, and each method
-    is saved when it is done.
+    order that was best on the tuning prompts, as the run's own comparison with routing does.
+    Answers are kept in ``reports/tasks``, and each method is saved when it is done.
 
     Args:
         run: calibrated, and for "onnx" exported.
@@ -247,7 +247,7 @@ def score_run(
     }
     report: dict[str, Any] = {}
     with ENGINES[engine](run, base) as runner:
-        masks = _masks(run, len(runner.contract.routed_layers), methods)
+        masks = forced_decisions(run, len(runner.contract.routed_layers), methods)
         identity = _identity(run, base, runner, engine)
         with AnswerStore(run.reports / "tasks" / "answers.jsonl", identity) as store:
             for method in methods:
@@ -304,8 +304,17 @@ def _merged(run: Run, subject: Mapping[str, Any], row: dict[str, Any]) -> list[d
     return sorted(rows, key=lambda each: (each["by"], METHODS.index(each["method"])))
 
 
-def _masks(run: Run, routed: int, methods: Sequence[str]) -> dict[str, list[int] | None]:
-    """Forced decisions of each method."""
+def forced_decisions(run: Run, routed: int, methods: Sequence[str]) -> dict[str, list[int] | None]:
+    """Decisions that each method forces, [routed] of 0 and 1; None leaves them to the routers.
+
+    Args:
+        run: its target says how many sublayers static removal keeps.
+        routed: how many routed sublayers there are.
+        methods: "static" among them asks for a tuned run.
+
+    Raises:
+        ArtifactError: "static", and the run has no order of removal.
+    """
     masks: dict[str, list[int] | None] = {"dense": [1] * routed, "routed": None}
     if "static" in methods:
         kept = kept_of(_removal_order(run), kept_count(run.calibration()["target"], routed))
@@ -314,13 +323,17 @@ def _masks(run: Run, routed: int, methods: Sequence[str]) -> dict[str, list[int]
 
 
 def _removal_order(run: Run) -> list[int]:
-    """Positions 0..routed-1, first removed first: the greedy order, else the last one saved."""
+    """Positions 0..routed-1, first removed first, by the rule that was best on tuning prompts.
+
+    Where tuning compared none, it is the greedy order, or else the last one saved.
+    """
     remedy = "Make it with: mskip tune"
     saved = run.report("tune", remedy)
     layers = read_json(run.path / "router_config.json", "router configuration", remedy)["layers"]
     try:
         orders = saved["removal_orders"]
-        order = orders.get("greedy") or list(orders.values())[-1]
+        best = (saved.get("worth") or {}).get("rule")
+        order = orders.get(best) or orders.get("greedy") or list(orders.values())[-1]
         return [layers.index(layer) for layer in order]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(

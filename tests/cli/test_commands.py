@@ -25,7 +25,8 @@ def test_a_failed_gate_exits_3(mskip, bare_run, validation, monkeypatch):
 def test_capacity_and_skip_rate_stand_together(mskip, bare_run, calibration, monkeypatch):
     asked = []
 
-    def calibrate_run(run, base, goal, *, per_layer, progress):
+    def calibrate_run(run, base, goal, *, per_layer, other, progress):
+        assert other is None
         asked.append((str(goal), per_layer))
         return calibration
 

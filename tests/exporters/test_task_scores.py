@@ -25,6 +25,7 @@ from mskip.exporters.task_scores import (
     average,
     check_run,
     check_tasks,
+    forced_decisions,
     mean_and_error,
     score_run,
     score_tasks,
@@ -586,6 +587,23 @@ def plain_base(exported: Exported) -> BaseModel:
     from mskip.compressor.models import load_base
 
     return load_base(exported.run.recipe().model)
+
+
+@pytest.mark.parametrize(
+    ("worth", "kept"),
+    [
+        ({"rule": "cosine"}, [0, 1, 1]),
+        ({"rule": "kl"}, [1, 1, 0]),
+        ({"skipped": "scores tie"}, [1, 0, 1]),
+        (None, [1, 0, 1]),
+    ],
+)
+def test_static_removal_is_the_best_that_tuning_knew(
+    run: Run, worth: dict[str, Any] | None, kept: list[int]
+) -> None:
+    """By the rule that tuning chose on its prompts; greedy, where it chose none."""
+    run.write_report("tune", {"removal_orders": ORDERS, **({"worth": worth} if worth else {})})
+    assert forced_decisions(run, 3, ["static"])["static"] == kept
 
 
 def test_methods_side_by_side(
