@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,6 +71,8 @@ class Check:
 def installed() -> dict[str, str]:
     """Version of every installed distribution, by normalised name."""
     found: dict[str, str] = {}
+    from importlib import metadata
+
     for each in metadata.distributions():
         name = each.metadata["Name"]
         if name:
@@ -142,6 +143,8 @@ def _torch(answer: dict[str, Any] | str) -> list[Check]:
 
 def _core(have: dict[str, str]) -> list[Check]:
     """transformers, and one line for the other packages that mskip cannot do without."""
+    from importlib import metadata
+
     try:
         needed = metadata.requires("mskip") or []
     except metadata.PackageNotFoundError:

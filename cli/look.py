@@ -5,14 +5,22 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import time
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mskip.cli import console
-from mskip.cli.options import AsJson, GraphTarget, GraphWeights, RunFolder, Target, Weights
+from mskip.cli.options import (
+    AsJson,
+    Engine,
+    GraphTarget,
+    GraphWeights,
+    RunFolder,
+    Target,
+    Weights,
+    check_engine,
+)
 
 if TYPE_CHECKING:
     from mskip.compressor.artifact import Run
@@ -21,13 +29,6 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 BINS = 30
-
-
-class Engine(StrEnum):
-    """What runs the model."""
-
-    torch = "torch"
-    onnx = "onnx"
 
 
 @app.command(rich_help_panel="Around a run", epilog="Example: mskip inspect runs/smollm2-135m")
@@ -131,11 +132,7 @@ def generate(
     live = not as_json and console.main_process()
     form = Form(target.value, weights.value)
     by = engine or _default_engine(opened, form)
-    if by is Engine.torch and form.options:
-        raise RecipeError(
-            f"PyTorch runs no exported graph, and was asked for{form.options}.",
-            "Leave out --engine torch, or the options of the graph.",
-        )
+    check_engine(by, form)
     with generation.opened_engine(opened, by, form) as (runner, tokenizer):
         ids = generation.prompt_ids(prompt, tokenizer)
         text, tokens, times = "", list[int](), [time.monotonic()]

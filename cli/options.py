@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from mskip.exporters.targets import Form
 
 GATE_FAILED = 3
 """Exit status where the work was done and a gate did not pass."""
@@ -68,6 +71,28 @@ GraphTarget = Annotated[
 OnEngine = Annotated[
     bool, typer.Option("--trt", metavar="", help="The TensorRT engine, on the GPU that it is for.")
 ]
+
+
+class Engine(StrEnum):
+    """What runs the model."""
+
+    torch = "torch"
+    onnx = "onnx"
+
+
+def check_engine(engine: Engine, form: Form) -> None:
+    """Refuse a graph that PyTorch is to run.
+
+    Raises:
+        RecipeError: names the options that contradict each other.
+    """
+    from mskip.compressor.errors import RecipeError
+
+    if engine is Engine.torch and form.options:
+        raise RecipeError(
+            f"PyTorch runs no exported graph, and was asked for{form.options}.",
+            "Leave out --engine torch, or the options of the graph.",
+        )
 
 
 class Weights(StrEnum):

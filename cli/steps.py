@@ -13,6 +13,7 @@ from mskip.cli.options import (
     FOR_TENSORRT,
     GATE_FAILED,
     AsJson,
+    Engine,
     GraphTarget,
     GraphWeights,
     OnEngine,
@@ -23,6 +24,7 @@ from mskip.cli.options import (
     Target,
     TrustRemoteCode,
     Weights,
+    check_engine,
 )
 from mskip.cli.session import (
     DEFAULT_RECIPE,
@@ -319,7 +321,7 @@ def bench(
 @app.command(
     "eval",
     rich_help_panel="Steps of a run",
-    epilog="Example: mskip eval --tasks paper --task-dir data/eval --limit 100 --engine onnx",
+    epilog="Example: mskip eval --tasks paper --task-dir data/eval --limit 100 --target ort",
 )
 def evaluate(
     run: RunFolder = None,
@@ -339,25 +341,36 @@ def evaluate(
         int | None, typer.Option(min=1, metavar="N", help="Documents of each task.")
     ] = None,
     engine: Annotated[
-        str, typer.Option(metavar="torch|onnx", help="What runs the tasks.")
-    ] = "torch",
+        Engine | None,
+        typer.Option(metavar="torch|onnx", help="What runs the tasks; torch if left out."),
+    ] = None,
+    target: GraphTarget = Target.portable,
+    weights: GraphWeights = Weights.float,
     methods: Annotated[
         str, typer.Option(metavar="NAME,...", help="Of dense, static, routed.")
     ] = "dense,static,routed",
     as_json: AsJson = False,
 ) -> None:
-    """Measure quality: KL on held-out text, or with --tasks the scores of benchmark tasks."""
+    """Measure quality: KL on held-out text, or with --tasks the scores of benchmark tasks.
+
+    --engine, --target and --weights say what runs the tasks; a target runs on ONNX Runtime.
+    """
     from mskip.compressor.artifact import open_run
 
     opened = open_run(run)
     opened.calibration()
     if tasks is not None:
         from mskip.cli.tasks import score, scored
+        from mskip.exporters.targets import Form
 
+        form = Form(target.value, weights.value)
+        by = engine or (Engine.onnx if form.options else Engine.torch)
+        check_engine(by, form)
         report = score(
             opened,
             tasks,
-            engine=engine,
+            engine=by.value,
+            form=form,
             methods=methods.split(","),
             task_dir=task_dir,
             limit=limit,

@@ -11,6 +11,7 @@ from mskip.cli.session import working
 
 if TYPE_CHECKING:
     from mskip.compressor.artifact import Run
+    from mskip.exporters.targets import Form
 
 
 def score(
@@ -18,6 +19,7 @@ def score(
     tasks: str,
     *,
     engine: str = "torch",
+    form: Form | None = None,
     methods: Sequence[str] | None = None,
     task_dir: Path | None = None,
     limit: int | None = None,
@@ -28,6 +30,7 @@ def score(
         run: the run.
         tasks: "paper", or names with commas between.
         engine: "torch" or "onnx".
+        form: of the graph that "onnx" runs; None is the portable one.
         methods: of "dense", "static", "routed"; None for all.
         task_dir: folder with a ``<task>.jsonl`` each; None is the hub.
         limit: documents of each task; None for all.
@@ -36,17 +39,20 @@ def score(
         The report, see `mskip.exporters.task_scores.score_run`; `scored` shows it.
     """
     run.calibration()
+    from mskip.exporters.targets import PORTABLE
     from mskip.exporters.task_files import task_names
     from mskip.exporters.task_scores import METHODS, check_run, check_tasks, score_run
 
+    form = form or PORTABLE
     names, chosen = task_names(tasks), METHODS if methods is None else methods
-    check_run(run, engine, chosen)
+    check_run(run, engine, chosen, form)
     check_tasks(names, task_dir)
     with working(run.recipe().model) as (base, progress):
         return score_run(
             run,
             base,
             engine=engine,
+            form=form,
             methods=chosen,
             tasks=names,
             task_dir=task_dir,

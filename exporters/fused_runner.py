@@ -94,6 +94,8 @@ class FusedRunner(OrtRunner):
     overwrites what later ones have written; these are then refused with a `ValueError`.
     """
 
+    alone = True
+
     def forward(self, input_ids: Ints, mask: Ints, cache: Any, routing: Ints, tau: Floats) -> State:
         """See `Runner.forward`; a prompt may have padding on its left only."""
         return self._forward(input_ids, mask, cache, routing, tau, last=False)

@@ -144,7 +144,8 @@ class Reader:
         self.progress(self.stage, done, len(pairs))
         contexts = list(waiting)
         sizes = [(len(each), max(map(len, waiting[each]))) for each in contexts]
-        for batch in batches(sizes, (self.max_tokens, LOGITS)):
+        budgets = (1, 1) if self.runner.alone else (self.max_tokens, LOGITS)
+        for batch in batches(sizes, budgets):
             rows = [(contexts[index], waiting[contexts[index]]) for index in batch]
             for pair, answer in self._read(rows):
                 answers[pair] = answer

@@ -115,10 +115,13 @@ class Runner(ABC):
     Attributes:
         name: of the engine, for reports.
         contract: names, axes and defaults.
+        alone: reads several new tokens of one sequence in one call, those of several sequences
+            column by column.
     """
 
     name: str
     contract: Contract
+    alone: bool = False
 
     @abstractmethod
     def forward(self, input_ids: Ints, mask: Ints, cache: Any, routing: Ints, tau: Floats) -> State:

@@ -28,9 +28,10 @@ from mskip.compressor.sublayers import require_unit
 from mskip.exporters.answers import AnswerStore
 from mskip.exporters.harness import harness_model, harness_tasks, judged, offline, quietly
 from mskip.exporters.onnx_export import contract_of
-from mskip.exporters.ort_runner import OrtRunner
+from mskip.exporters.opening import open_runner
 from mskip.exporters.reading import BATCH_TOKENS, Reader
 from mskip.exporters.runner import Runner
+from mskip.exporters.targets import PORTABLE, Form
 from mskip.exporters.task_files import configs, definition, task_files
 from mskip.exporters.torch_runner import TorchRunner
 
@@ -184,11 +185,11 @@ def _max_length(tokenizer: PreTrainedTokenizerBase) -> int:
 # -- a run ------------------------------------------------------------------------------------
 
 
-def check_run(run: Run, engine: str, methods: Sequence[str]) -> None:
+def check_run(run: Run, engine: str, methods: Sequence[str], form: Form = PORTABLE) -> None:
     """Find out what would stop `score_run` before a model is loaded.
 
     Raises:
-        ArtifactError: the run is not tuned, calibrated or (for "onnx") exported.
+        ArtifactError: the run is not tuned, calibrated or (for "onnx") exported in that form.
         MskipError: an unknown engine or method, or routers that decide once a token.
     """
     require_unit(routing_unit(run), "sequence", "an engine")
@@ -197,7 +198,7 @@ def check_run(run: Run, engine: str, methods: Sequence[str]) -> None:
             raise MskipError(f"no {kind} '{unknown[0]}'.", f"There are: {', '.join(known)}.")
     forced_decisions(run, len(run.calibration()["tau"]), methods)
     if engine == "onnx":
-        _check_export(run)
+        _exported(run, form)
 
 
 def score_run(
@@ -205,6 +206,7 @@ def score_run(
     base: BaseModel,
     *,
     engine: str = "torch",
+    form: Form = PORTABLE,
     methods: Sequence[str] = METHODS,
     tasks: Sequence[str],
     task_dir: Path | None = None,
@@ -222,6 +224,7 @@ def score_run(
         run: calibrated, and for "onnx" exported.
         base: its base model.
         engine: "torch" or "onnx".
+        form: of the graph that "onnx" runs.
         methods: of `METHODS`.
         tasks: names, see `score_tasks`.
         task_dir: see `score_tasks`.
@@ -230,13 +233,15 @@ def score_run(
 
     Returns:
         The report, as saved in ``reports/tasks.json``: ``rows``, one a method and engine, with
-        those of earlier calls on the same routers, tau, documents and limit.
+        those of earlier calls on the same routers, tau, documents and limit. ``by`` of a row is
+        "torch", or the name of the graph's form.
 
     Raises:
-        ArtifactError: the run is not tuned, calibrated or (for "onnx") exported.
+        ArtifactError: the run is not tuned, calibrated or (for "onnx") exported in that form.
         MskipError: an unknown engine or method.
     """
-    check_run(run, engine, methods)
+    check_run(run, engine, methods, form)
+    by = form.name if engine == "onnx" else engine
     files = [] if task_dir is None else [p for name in tasks for p in task_files(name, task_dir)]
     subject = {
         "routers": routers_hash(run),
@@ -246,9 +251,9 @@ def score_run(
         "limit": limit,
     }
     report: dict[str, Any] = {}
-    with ENGINES[engine](run, base) as runner:
+    with ENGINES[engine](run, base, form) as runner:
         masks = forced_decisions(run, len(runner.contract.routed_layers), methods)
-        identity = _identity(run, base, runner, engine)
+        identity = _identity(run, base, runner, form if engine == "onnx" else None)
         with AnswerStore(run.reports / "tasks" / "answers.jsonl", identity) as store:
             for method in methods:
                 scores = score_tasks(
@@ -261,18 +266,18 @@ def score_run(
                     store=store,
                     max_length=int(base.model.config.get_text_config().max_position_embeddings),
                     max_tokens_per_batch=_BATCH[engine],
-                    label=f"{engine} {method}: ",
+                    label=f"{by} {method}: ",
                     progress=progress,
                 )
-                row = {"method": method, "by": engine, "tuned_by": tuned_by(run), **scores}
+                row = {"method": method, "by": by, "tuned_by": tuned_by(run), **scores}
                 report = {**subject, "rows": _merged(run, subject, row)}
                 run.write_report("tasks", report)
     return report
 
 
-def _identity(run: Run, base: BaseModel, runner: Runner, engine: str) -> dict[str, Any]:
+def _identity(run: Run, base: BaseModel, runner: Runner, form: Form | None) -> dict[str, Any]:
     """All that decides an answer but the question; see `AnswerStore`."""
-    exported = run.report("export", "Make it with: mskip export") if engine == "onnx" else {}
+    exported = {} if form is None else _exported(run, form)
     return {
         "engine": runner.name,
         "graph": exported.get("sha256"),
@@ -342,7 +347,7 @@ def _removal_order(run: Run) -> list[int]:
 
 
 @contextmanager
-def _torch(run: Run, base: BaseModel) -> Iterator[Runner]:
+def _torch(run: Run, base: BaseModel, form: Form) -> Iterator[Runner]:
     routers = load_routers(run, base).to(base.model.device)
     recipe = run.recipe()
     contract = contract_of(base, routers, run.calibration()["tau"], recipe.export.opset)
@@ -351,18 +356,21 @@ def _torch(run: Run, base: BaseModel) -> Iterator[Runner]:
 
 
 @contextmanager
-def _onnx(run: Run, base: BaseModel) -> Iterator[Runner]:
-    _check_export(run)
-    yield OrtRunner(run.onnx)
+def _onnx(run: Run, base: BaseModel, form: Form) -> Iterator[Runner]:
+    yield open_runner(form.folder(run))
 
 
-def _check_export(run: Run) -> None:
-    exported = run.report("export", "Make it with: mskip export")
+def _exported(run: Run, form: Form) -> dict[str, Any]:
+    """The report of an export of these very routers."""
+    exported: dict[str, Any] = run.report(
+        form.report("export"), f"Make it with: {form.export_command}"
+    )
     if exported.get("router_sha256") != routers_hash(run):
         raise ArtifactError(
-            f"{run.onnx} is an export of other routers than {run.path} now holds.",
-            "Export again: mskip export",
+            f"{form.folder(run)} is an export of other routers than {run.path} now holds.",
+            f"Export again: {form.export_command}",
         )
+    return exported
 
 
 ENGINES = {"torch": _torch, "onnx": _onnx}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,19 +17,37 @@ COMMANDS = (
 )
 
 
+BARE = """
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def one(number: int = 1) -> None:
+    "One."
+
+
+app()
+"""
+
+
 def test_help_answers_at_once():
-    def spent() -> float:
-        started = time.monotonic()
-        program = "from mskip.cli.main import main; main()"
+    """Beside a bare Typer program: 0.15 s on two quiet cores, most of it Typer's own."""
+
+    def spent(program: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(
             [sys.executable, "-c", program, "--help"], capture_output=True, text=True, check=False
         )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert done.returncode == 0
-        assert "calibrate" in done.stdout
-        return time.monotonic() - started
+        assert "--help" in done.stdout
+        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
-    # 0.15 s on two quiet cores; the limit is for a busy machine.
-    assert min(spent() for _ in range(3)) < 1.0
+    ours = "from mskip.cli.main import main; main()"
+    # Processor time, in turns: what else the machine does slows both.
+    assert statistics.median(spent(ours) / spent(BARE) for _ in range(5)) < 2
 
 
 def test_help_imports_nothing_heavy():

@@ -19,6 +19,7 @@ from mskip.compressor.artifact import Run
 from mskip.compressor.errors import ArtifactError, DataError, MissingExtraError, MskipError
 from mskip.exporters.answers import AnswerStore
 from mskip.exporters.runner import Floats, Ints, Runner, State
+from mskip.exporters.targets import PORTABLE, Form
 from mskip.exporters.task_files import PAPER, configs, definition, read_rows, task_names
 from mskip.exporters.task_scores import (
     against,
@@ -662,6 +663,28 @@ def test_methods_side_by_side(
     # Other documents or other tasks are another subject.
     assert len(score(limit=2, methods=["dense"])["rows"]) == 1
     assert len(score(tasks=["boolq"], methods=["routed"])["rows"]) == 1
+
+
+def test_another_form_of_the_graph(run: Run, plain_base: BaseModel, folder: Path) -> None:
+    """The fused graph, whose contexts are read one by one, says what the portable one says."""
+    from mskip.exporters.onnx_export import export_run
+
+    form = Form("ort")
+    with pytest.raises(ArtifactError, match="--target ort"):
+        check_run(run, "onnx", ["routed"], form)
+    export_run(run, plain_base, form=form)
+    tasks = [*TASKS, "gsm8k"]
+    rows = [
+        score_run(
+            run, plain_base, engine="onnx", form=each, methods=["routed"], tasks=tasks,
+            task_dir=folder, limit=3,
+        )["rows"]
+        for each in (PORTABLE, form)
+    ]  # fmt: skip
+    portable, fused = rows[1]
+    assert [portable] == rows[0]
+    assert (portable["by"], fused["by"]) == ("onnx", "ort")
+    assert portable["tasks"] == fused["tasks"]
 
 
 def loaded(run: Run, base: BaseModel) -> tuple[Any, Any]:
