@@ -163,7 +163,9 @@ def harness_tasks(task_dir: Path | None) -> Callable[[Definition], list[Any]]:
     return load
 
 
-def judged(task: Definition, parts: list[Any], model: Any, limit: int | None) -> list[float]:
+def judged(
+    task: Definition, parts: list[Any], model: Any, limit: int | None, *, skip: int = 0
+) -> list[float]:
     """The task's metric for every scored document.
 
     Args:
@@ -171,10 +173,13 @@ def judged(task: Definition, parts: list[Any], model: Any, limit: int | None) ->
         parts: the harness's tasks.
         model: see `harness_model`.
         limit: documents over all parts, chosen by lot; None for all, in the harness's order.
+        skip: documents that come first in the lot and are left out; not without a limit.
     """
     from lm_eval.evaluator import evaluate
 
-    chosen = parts if limit is None else _drawn(parts, limit)
+    chosen = parts if limit is None else _drawn(parts, limit, skip)
+    if not chosen:
+        return []
     for part in chosen:
         part.set_config(key="num_fewshot", value=task.shots)
         part.set_fewshot_seed(seed=SEED)
@@ -192,7 +197,7 @@ def judged(task: Definition, parts: list[Any], model: Any, limit: int | None) ->
     ]
 
 
-def _drawn(parts: list[Any], limit: int) -> list[Any]:
+def _drawn(parts: list[Any], limit: int, skip: int) -> list[Any]:
     """Keep ``limit`` documents over all parts; a smaller limit keeps the first ones of a larger.
 
     Files and splits are sorted here and there, so the first documents would not do.
@@ -205,7 +210,7 @@ def _drawn(parts: list[Any], limit: int) -> list[Any]:
     random.Random(SEED).shuffle(pairs)
     kept = []
     for number, part in enumerate(parts):
-        indices = [index for of, index in pairs[:limit] if of == number]
+        indices = [index for of, index in pairs[skip : skip + limit] if of == number]
         if indices:
             part.dataset[_split(part)] = part.dataset[_split(part)].select(indices)
             kept.append(part)
