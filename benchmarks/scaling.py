@@ -216,12 +216,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 6.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(2, 3)
     contexts = [row["context"] for row in rows if row["batch"] > 1]
     fixed = max(set(contexts), key=contexts.count) if contexts else None
-    for axis, panels in zip(("context", "batch"), grid, strict=True):
+    drawn = ["context"] if any(row["batch"] == 1 for row in rows) else []
+    drawn += ["batch"] if contexts else []
+    figure = Figure(figsize=(12, 3.2 * len(drawn)), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(drawn), 3, squeeze=False)
+    for axis, panels in zip(drawn, grid, strict=True):
         for panel, phase in zip(panels, (*PHASES, "keys and values"), strict=True):
             for name in VARIANTS:
                 points = [
