@@ -150,9 +150,9 @@ def calibrate(
         ),
     ] = None,
     max_length: Annotated[
-        int,
-        typer.Option(min=2, metavar="TOKENS", help="Longer prompts of --data are left out."),
-    ] = 2048,
+        int | None,
+        typer.Option(min=2, metavar="TOKENS", help="Longer prompts of --data are left out; 2048."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Find the threshold tau for one goal: a share, a limit on quality, or a speedup."""
@@ -169,13 +169,15 @@ def calibrate(
     goals = [Goal(kind, value) for kind, value in given.items() if value is not None]
     if len(goals) > 1:
         raise typer.BadParameter(f"give one goal, not {' and '.join(map(str, goals))}.")
+    if max_length is not None and data is None:
+        raise typer.BadParameter("--max-length is of the prompts that --data gives.")
     opened = open_run(run)
     recipe = opened.recipe()
     goal = goals[0] if goals else Goal("capacity", recipe.routing.capacity)
     goal.check()  # before the model is loaded
     from mskip.compressor.calibrate_step import OtherPrompts, calibrate_run
 
-    other = None if data is None else OtherPrompts(lasting(data), max_length)
+    other = None if data is None else OtherPrompts(lasting(data), max_length or 2048)
     each = recipe.calibration.per_layer if per_layer is None else per_layer
     with working(recipe.model) as (base, progress):
         per_layer = each and goal.is_share

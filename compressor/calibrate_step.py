@@ -48,7 +48,7 @@ class OtherPrompts:
     """
 
     source: str
-    max_length: int = 2048
+    max_length: int
 
 
 def calibrate_run(

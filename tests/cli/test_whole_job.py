@@ -94,6 +94,7 @@ def other_prompts(mskip: Any, done: Any, run: Path) -> None:
     short = mskip("calibrate", "--data", "others.jsonl", "--max-length", "4")
     assert short.exit_code == 1
     assert "none of 8" in short.stderr
+    assert mskip("calibrate", "--max-length", "64").exit_code == 2
     assert "tau" in done("calibrate", "--capacity", "0.5")
     assert not (run / "calibration_samples.jsonl").exists()
 
