@@ -109,6 +109,27 @@ def tune(
         tables.next_step(run.path, f"mskip calibrate --capacity {resolved.routing.capacity:g}")
 
 
+@app.command(rich_help_panel="Steps of a run", epilog="Example: mskip static && mskip calibrate")
+def static(run: RunFolder = None, output: Output = None, as_json: AsJson = False) -> None:
+    """Make the run that removes for good what tuning found as good as routing.
+
+    Same model, same maps, constant decisions; nothing is tuned. It goes to RUN-static, or to
+    --output, and the later steps work on it as on any run.
+    """
+    from mskip.compressor.artifact import Run, open_run
+    from mskip.compressor.static_step import static_run
+
+    opened = open_run(run)
+    made = Run(output or opened.path.with_name(f"{opened.path.name}-static"))
+    if made.path.resolve() == opened.path.resolve():
+        raise typer.BadParameter("--output is the run itself.")
+    with working(opened.recipe().model) as (base, _):
+        report = static_run(opened, base, made)
+    console.emit(report, as_json, tables.tuned)
+    if not as_json:
+        tables.next_step(made.path, "mskip calibrate")
+
+
 @app.command(
     rich_help_panel="Steps of a run",
     epilog="Example: mskip calibrate --capacity 0.5, or for other prompts: "

@@ -243,6 +243,23 @@ def _tune_run(
         **details,
         "seconds": round(time.monotonic() - started, 1),
     }
+    write_tuned(run, routers, base, recipe, report)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    return report
+
+
+def write_tuned(
+    run: Run, routers: Routers, base: BaseModel, recipe: Recipe, report: dict[str, Any]
+) -> None:
+    """Save routers and their report; what belonged to earlier ones goes.
+
+    Args:
+        run: its recipe is written already.
+        routers: tuned, or constant.
+        base: the model that they belong to.
+        recipe: the run's.
+        report: for ``reports/tune.json``.
+    """
     save_routers(run, routers, base, recipe, recipe.method)
     # Thresholds belong to the routers they were found for, and so does all that follows.
     (run.path / "calibration.json").unlink(missing_ok=True)
@@ -252,8 +269,6 @@ def _tune_run(
         base_model={"name": recipe.model.name, "sha256": base.sha256},
         seeds={"tuning": recipe.tuning.seed, "data": recipe.data.seed},
     )
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
-    return report
 
 
 @dataclass

@@ -12,7 +12,7 @@ import pytest
 
 COMMANDS = (
     *("tune", "calibrate", "export", "validate", "bench", "eval", "report", "run"),
-    *("serve", "lint"),
+    *("serve", "lint", "static"),
     *("inspect", "generate", "doctor", "recipe", "recipe schema", "recipe list", "recipe show"),
 )
 

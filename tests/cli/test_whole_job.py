@@ -167,6 +167,14 @@ def test_the_commands_in_a_row(mskip, tiny_folder):  # noqa: PLR0915  # it is on
     assert "The run" in result.stdout
     assert "report.html" in result.stdout
 
+    # The same maps, what routing skips most removed for good; later commands go on with it.
+    if "removed" in json.loads((run / "reports/tune.json").read_text())["worth"]:
+        assert "(given)" in done("static", run)
+        assert "tau" in done("calibrate")
+        assert "conditional attentions" in done("export")
+        assert "validation passed" in done("validate")
+        assert mskip("static").exit_code == 1
+
 
 def test_a_run_per_token_ends_without_an_engine(mskip, tiny_folder):
     tokens = ("--set", "routing.unit=token", "--set", "compensation.rank=0")
