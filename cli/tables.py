@@ -128,7 +128,7 @@ def calibrated(report: dict[str, Any]) -> None:
         f"median {margins['median']:.2g}"
     )
     if other := report.get("data"):
-        say(f"prompts: {other['source']}", whole=True)
+        say(f"prompts: {console.shown(Path(other['source']))}", whole=True)
     for warning in report["warnings"]:
         say(f"warning: {warning}", WARNED)
 

@@ -139,11 +139,14 @@ def calibrated_samples(
 ) -> Samples:
     """The samples that a run was calibrated on: its own, or others that it was given.
 
+    A run that is not calibrated has its own.
+
     Raises:
-        ArtifactError: not calibrated.
+        ArtifactError: the calibration is damaged.
         DataError: see `run_samples` and `other_prompts`.
     """
-    other = run.calibration().get("data")
+    calibrated = (run.path / "calibration.json").is_file()
+    other = run.calibration().get("data") if calibrated else None
     if other is None:
         return run_samples(run, recipe, base, progress)
     return other_prompts(run, recipe, base, other["source"], other["max_length"], progress)

@@ -315,7 +315,7 @@ def test_calibrate(run: Run, tiny: BaseModel, samples: Samples, goal: Goal) -> N
     calibration = calibrate_run(run, tiny, goal, per_layer=False)
     assert json.loads((run.path / "calibration.json").read_text()) == calibration
     assert set(calibration) == {
-        "target", "goal", "per_layer", "tau", "capacity", "prompts", "layers", "margins",
+        "target", "goal", "data", "per_layer", "tau", "capacity", "prompts", "layers", "margins",
         "warnings", "evaluations", "answer_capacity",
     }  # fmt: skip
     assert calibration["target"] == goal.share

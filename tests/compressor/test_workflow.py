@@ -250,7 +250,7 @@ def test_calibrate(
     calibration = calibrate_run(run, tiny, Goal("capacity", capacity), per_layer=per_layer)
     assert json.loads((run.path / "calibration.json").read_text()) == calibration
     assert set(calibration) == {
-        "target", "goal", "per_layer", "tau", "capacity", "prompts", "layers", "margins",
+        "target", "goal", "data", "per_layer", "tau", "capacity", "prompts", "layers", "margins",
         "warnings", "evaluations",
     }  # fmt: skip
     assert calibration["target"] == capacity
