@@ -46,8 +46,9 @@ def test_help_answers_at_once():
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
     ours = "from mskip.cli.main import main; main()"
-    # Processor time, in turns: what else the machine does slows both.
-    assert statistics.median(spent(ours) / spent(BARE) for _ in range(5)) < 2
+    # Processor time, in turns: what else the machine does slows both. Measured 1.1 to 1.9 a
+    # pair; importing transformers or torch would make it 5 and more.
+    assert statistics.median(spent(ours) / spent(BARE) for _ in range(5)) < 2.5
 
 
 def test_help_imports_nothing_heavy():
