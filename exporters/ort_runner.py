@@ -11,7 +11,15 @@ import numpy as np
 from mskip.compressor.errors import ArtifactError, MissingExtraError
 from mskip.exporters.contract import CONTRACT, UNSCORED, read_contract
 from mskip.exporters.onnx_export import MODEL
-from mskip.exporters.runner import Floats, Ints, Runner, State, positions, selected
+from mskip.exporters.runner import (
+    Floats,
+    Ints,
+    Runner,
+    State,
+    cache_rows,
+    positions,
+    selected,
+)
 
 
 def contract_path(folder: Path, file: str) -> Path:
@@ -125,20 +133,11 @@ class OrtRunner(Runner):
         """See `Runner.select`."""
         cache = {}
         for layer in self.contract.cached_layers:
-            taken = self._cache_rows(layer, state.routing, rows)
+            taken = cache_rows(self.contract, layer, state.routing, rows)
             for part in ("key", "value"):
                 name = f"past_key_values.{layer}.{part}"
                 cache[name] = self._value(state.cache[name].numpy()[taken])
         return selected(state, rows, cache)
-
-    def _cache_rows(self, layer: int, routing: Ints, rows: Sequence[int]) -> Ints:
-        """Where the given sequences lie in a layer's cache; [n], of the executing ones."""
-        chosen = np.asarray(rows, dtype=np.int64)
-        if layer not in self.contract.compact_layers:
-            return chosen
-        executing = routing[:, self.contract.routed_layers.index(layer)] == 1
-        found: Ints = (executing.cumsum() - 1)[chosen[executing[chosen]]]
-        return found
 
     def kv_bytes(self, state: State) -> int:
         """See `Runner.kv_bytes`."""

@@ -109,6 +109,16 @@ def selected(state: State, rows: Sequence[int], cache: Any) -> State:
     )
 
 
+def cache_rows(contract: Contract, layer: int, routing: Ints, rows: Sequence[int]) -> Ints:
+    """Where the given sequences lie in a layer's cache; [n], of the executing ones."""
+    chosen = np.asarray(rows, dtype=np.int64)
+    if layer not in contract.compact_layers:
+        return chosen
+    executing = routing[:, contract.routed_layers.index(layer)] == 1
+    found: Ints = (executing.cumsum() - 1)[chosen[executing[chosen]]]
+    return found
+
+
 class Runner(ABC):
     """An engine with a loaded routed model.
 

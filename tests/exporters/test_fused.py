@@ -126,7 +126,7 @@ def test_one_sequence_in_chunks_and_beyond_its_room(
     engine: FusedRunner, reference: TorchRunner
 ) -> None:
     """The buffer grows and keeps what is in it."""
-    from mskip.exporters.fused_runner import ROOM
+    from mskip.exporters.buffered import ROOM
 
     ids = np.array([PROMPTS[1]])
     expected, found = reference.prefill(ids), engine.prefill(ids)
