@@ -297,7 +297,8 @@ def measure(case: Case, rate: float | None) -> dict[str, Any]:
 
 def tiles(shapes: Shapes, dtype: Any) -> list[dict[str, Any]]:
     """Time of each way to cut a step's product and attention; the first of a kind is fastest."""
-    from mskip.exporters.routed_kernels import Tile, attention, linear
+    from mskip.exporters.routed_kernels import attention, linear
+    from mskip.exporters.tiles import Tile
 
     layers = Layers(Shapes(**{**vars(shapes), "layers": 1}), dtype)
     case = Case(layers, shapes.batches[-1], shapes.contexts[0], dtype)
@@ -329,6 +330,18 @@ def tiles(shapes: Shapes, dtype: Any) -> list[dict[str, Any]]:
             found.append({"kernel": kind, "tile": tile.to_json(), "ms": ms})
         rows += sorted(found, key=lambda row: row.get("ms", float("inf")))
     return rows
+
+
+def save_tiles(report: dict[str, Any]) -> Path:
+    """The fastest tile of each kernel into this machine's table, which the kernels then go by."""
+    from mskip.exporters.tiles import Tile, save_tile, table_path
+
+    dtype = report["dtype"].removeprefix("torch.")
+    best = {row["kernel"]: row for row in reversed(report["tiles"]) if "ms" in row}
+    for kernel, row in best.items():
+        head = report["shapes"]["head"] if kernel == "attention" else 0
+        save_tile(kernel, report["capability"], dtype, Tile(**row["tile"]), prompt=False, head=head)
+    return table_path()
 
 
 # -- what else is there -------------------------------------------------------------------------
@@ -407,6 +420,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--seconds", type=float, default=420)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--save-tiles", action="store_true", help="the kernels then go by them")
     given = parser.parse_args()
     if given.smoke:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -417,6 +431,8 @@ def main() -> None:
 
     report = suite(SMOKE if given.smoke else Shapes(), given.seconds)
     write_json(given.output, report)
+    if given.save_tiles:
+        print(save_tiles(report))
     print(f"{given.output}: {report['seconds']} s")
 
 

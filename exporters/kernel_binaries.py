@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mskip.compressor.errors import MissingExtraError, MskipError
+from mskip.exporters.tiles import Tile, chosen
 
 CAPABILITIES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 """Compute capabilities that the tests compile for."""
@@ -25,13 +26,13 @@ class Binary:
         name: of its entry.
         ptx: the code.
         shared: bytes of shared memory of a program.
-        warps: of 32 threads, a program.
+        tile: how it is cut, which its launch has to know.
     """
 
     name: str
     ptx: str
     shared: int
-    warps: int
+    tile: Tile
 
 
 def compile_linear(dtype: str, capability: str, *, prompt: bool, transposed: bool) -> Binary:
@@ -48,7 +49,7 @@ def compile_linear(dtype: str, capability: str, *, prompt: bool, transposed: boo
         MskipError: triton interprets, or cannot compile for that GPU.
     """
     kernels = _kernels()
-    tile = kernels.LINEAR_PROMPT if prompt else kernels.LINEAR_STEP
+    tile = chosen("linear", capability, dtype, prompt=prompt)
     states = _POINTERS[dtype]
     types = [states, states, "*i32", "i32", "i32", "i32", "i32", states]
     constants = {"TRANSPOSED": transposed, **tile.constants()}
@@ -81,7 +82,7 @@ def compile_attention(
         MskipError: triton interprets, or cannot compile for that GPU.
     """
     kernels = _kernels()
-    tile = kernels.attention_tile(head, 4 if dtype == "float32" else 2, prompt=prompt)
+    tile = chosen("attention", capability, dtype, prompt=prompt, head=head)
     states = _POINTERS[dtype]
     types = [states] * 4 + ["*i32", "*i64"] + ["i32"] * 4 + [states]
     constants = {**kernels.attention_constants(head, scale, softcap, window), **tile.constants()}
@@ -102,7 +103,7 @@ def _kernels() -> Any:
 
 
 def _compiled(
-    kernel: Any, types: list[str], constants: dict[str, Any], tile: Any, capability: str
+    kernel: Any, types: list[str], constants: dict[str, Any], tile: Tile, capability: str
 ) -> Binary:
     import triton
     from triton.backends.compiler import GPUTarget
@@ -125,7 +126,7 @@ def _compiled(
             f"{capability}: {str(error).strip().splitlines()[0]}"
         ) from error
     ptx = without_scratch(found.asm["ptx"], len(types))
-    return Binary(found.metadata.name, ptx, found.metadata.shared, tile.warps)
+    return Binary(found.metadata.name, ptx, found.metadata.shared, tile)
 
 
 def without_scratch(ptx: str, arguments: int) -> str:

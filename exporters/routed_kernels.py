@@ -11,7 +11,7 @@ Import this module late: it needs triton, which has no wheels for some systems.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,58 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mskip.exporters.tiles import Tile, chosen, few
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run on the CPU, step by step; read by triton when it is imported."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a kernel is cut into programs.
-
-    Attributes:
-        m: rows of a program: positions of sequences; of attention, positions of grouped heads.
-        n: columns of a product; keys that are read at a time.
-        k: inner elements that are read at a time; not of attention, which reads a head whole.
-        warps: of 32 threads, a program.
-        stages: reads that are under way at once.
-    """
-
-    m: int
-    n: int
-    k: int = 0
-    warps: int = 4
-    stages: int = 3
-
-    def constants(self) -> dict[str, int]:
-        """As a kernel's constants."""
-        named = {"BLOCK_M": self.m, "BLOCK_N": self.n}
-        return {**named, "BLOCK_K": self.k} if self.k else named
-
-    def to_json(self) -> dict[str, int]:
-        """For a table of measured tiles."""
-        return asdict(self)
-
-
-# Not measured: sizes that keep within the shared memory of every capability from 8.0 on.
-LINEAR_STEP = Tile(16, 32, 128)
-LINEAR_PROMPT = Tile(64, 64, 32)
-
-
-def attention_tile(head: int, size: int, *, prompt: bool) -> Tile:
-    """A tile whose keys and values fit the shared memory of a small GPU (99 KiB).
-
-    Args:
-        head: elements of a head.
-        size: bytes of an element.
-        prompt: many queries rather than a decoding step's.
-    """
-    small = head * size <= 256
-    return Tile(64 if prompt and small else 16, 64 if small else 32, stages=2)
-
-
-def few(rows: int) -> bool:
-    """Whether so many rows are a decoding step's rather than a prompt's."""
-    return rows <= 32
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -209,7 +161,7 @@ def linear(
     batch, positions, inner = x.shape
     outer = weight.shape[0] if transposed else weight.shape[1]
     x, rows = x.contiguous(), batch * positions
-    tile = tile or (LINEAR_STEP if few(rows) else LINEAR_PROMPT)
+    tile = tile or chosen("linear", *_where(x), prompt=not few(rows))
     out = torch.empty(batch, positions, outer, dtype=x.dtype, device=x.device)
     grid = triton.cdiv(rows, tile.m), triton.cdiv(outer, tile.n)
     linear_kernel[grid](
@@ -253,7 +205,7 @@ def attention(
     batch, heads, new, head = query.shape
     kv_heads, capacity = key.shape[1:3]
     group = heads // kv_heads
-    tile = tile or attention_tile(head, query.element_size(), prompt=not few(group * new))
+    tile = tile or chosen("attention", *_where(query), prompt=not few(group * new), head=head)
     out = torch.empty(batch, new, heads, head, dtype=query.dtype, device=query.device)
     grid = triton.cdiv(group * new, tile.m), batch * kv_heads
     attention_kernel[grid](
@@ -275,6 +227,17 @@ def attention_constants(
         "HEAD": head,
         "BLOCK_D": max(16, triton.next_power_of_2(head)),
     }
+
+
+def _where(states: Tensor) -> tuple[str | None, str]:
+    """Compute capability of the GPU that holds the states, and their type."""
+    dtype = str(states.dtype).removeprefix("torch.")
+    return (_capability(states.device) if states.is_cuda else None), dtype
+
+
+@cache
+def _capability(device: torch.device) -> str:
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
 
 
 def _launch(tile: Tile) -> dict[str, int]:

@@ -62,7 +62,7 @@ def _combinations(trtp: Any, like: Any, pattern: Callable[[str], str]) -> list[A
 def _launch(trtp: Any, binary: Binary, x: Any, y: Any) -> Any:
     launch = trtp.KernelLaunchParams()
     launch.grid_x, launch.grid_y = x, y
-    launch.block_x = 32 * binary.warps
+    launch.block_x = 32 * binary.tile.warps
     launch.shared_mem = binary.shared
     return launch
 
@@ -72,8 +72,6 @@ def _sizes(trtp: Any, values: list[Any]) -> Any:
 
 
 def _register_linear(trtp: Any, capability: str) -> None:
-    from mskip.exporters import routed_kernels
-
     name = f"{DOMAIN}::{LINEAR}"
 
     @trtp.register(name)  # type: ignore[untyped-decorator]
@@ -92,7 +90,7 @@ def _register_linear(trtp: Any, capability: str) -> None:
     def compiled(x, weight, execute, outputs, tactic):  # type: ignore[no-untyped-def]
         prompt = tactic == PROMPT
         binary = compile_linear(_TYPES[x.dtype.name], capability, prompt=prompt, transposed=False)
-        tile = routed_kernels.LINEAR_PROMPT if prompt else routed_kernels.LINEAR_STEP
+        tile = binary.tile
         batch, positions, inner = x.shape_expr
         outer = weight.shape_expr[1]
         launch = _launch(
@@ -103,8 +101,6 @@ def _register_linear(trtp: Any, capability: str) -> None:
 
 
 def _register_attention(trtp: Any, capability: str) -> None:
-    from mskip.exporters import routed_kernels
-
     name = f"{DOMAIN}::{ATTENTION}"
 
     @trtp.register(name)  # type: ignore[untyped-decorator]
@@ -140,9 +136,7 @@ def _register_attention(trtp: Any, capability: str) -> None:
             _TYPES[query.dtype.name], capability, width,
             prompt=prompt, scale=float(scale), softcap=float(softcap), window=int(window),
         )  # fmt: skip
-        size = 4 if query.dtype.name == "FLOAT" else 2
-        tile = routed_kernels.attention_tile(width, size, prompt=prompt)
         rows = heads // kv_heads * new
-        launch = _launch(trtp, binary, trtp.cdiv(rows, tile.m), batch * kv_heads)
+        launch = _launch(trtp, binary, trtp.cdiv(rows, binary.tile.m), batch * kv_heads)
         sizes = _sizes(trtp, [heads, kv_heads, new, capacity])
         return binary.name.encode(), binary.ptx.encode(), launch, sizes

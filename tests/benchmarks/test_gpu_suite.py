@@ -30,6 +30,25 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all("not run" in each["answer"] for each in report["builders"])
 
 
+def test_fastest_tiles_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mskip.exporters.tiles import Tile, chosen
+
+    monkeypatch.setenv("MSKIP_HOME", str(tmp_path))
+    slow, fast = Tile(16, 64, 64), Tile(16, 32, 128, 8)
+    rows = [
+        {"kernel": "linear", "tile": fast.to_json(), "ms": 1.0},
+        {"kernel": "linear", "tile": slow.to_json(), "ms": 2.0},
+        {"kernel": "attention", "tile": slow.to_json(), "not_run": "too large"},
+    ]
+    report = {
+        "capability": "9.0", "dtype": "torch.bfloat16", "tiles": rows, "shapes": {"head": 128}
+    }  # fmt: skip
+    assert gpu_suite.save_tiles(report) == tmp_path / "tiles.json"
+    assert chosen("linear", "9.0", "bfloat16", prompt=False) == fast
+    usual = chosen("attention", "9.0", "float16", prompt=False, head=128)
+    assert chosen("attention", "9.0", "bfloat16", prompt=False, head=128) == usual
+
+
 def test_steps_of_all_variants_agree() -> None:
     """Executing is the reference's arithmetic, skipping is removing, half is half of each."""
     import torch
