@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
-from mskip.compressor.errors import ModelError
+from mskip.exporters.attention_choice import attention_as, require_choice
 from mskip.exporters.graph_cache import PENDING
 
 NAME = "mskip_fused"
@@ -197,15 +197,7 @@ def fused_forms(model: PreTrainedModel) -> Iterator[None]:
     Raises:
         ModelError: the architecture does not let its attention be chosen.
     """
-    if not type(model)._can_set_attn_implementation():
-        raise ModelError(
-            f"{type(model).__name__} has its attention written into its modelling file, so it has "
-            "no fused form.",
-            "Export without --target ort.",
-        )
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _lengths)
-    attention = model.config._attn_implementation
+    require_choice(model, "it has no fused form", "Export without --target ort.")
     modules = {sys.modules[type(module).__module__] for module in model.modules()}
     name = "apply_rotary_pos_emb"
     whole = [m for m in modules if hasattr(m, name) and _rotated_whole(getattr(m, name))]
@@ -219,13 +211,11 @@ def fused_forms(model: PreTrainedModel) -> Iterator[None]:
 
         return both
 
-    model.set_attn_implementation(NAME)
     for module, function in zip(whole, saved, strict=True):
         setattr(module, name, turning(function))
     try:
-        with _fused_norms(model):
+        with attention_as(model, NAME, _attention, _lengths), _fused_norms(model):
             yield
     finally:
         for module, function in zip(whole, saved, strict=True):
             setattr(module, name, function)
-        model.set_attn_implementation(attention)

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicLayer
 
 from mskip.compressor.cache import ExecutingRows, RoutedCache
@@ -25,6 +24,7 @@ from mskip.compressor.families import family_of
 from mskip.compressor.models import BaseModel
 from mskip.compressor.router import Routers
 from mskip.compressor.routing import Call
+from mskip.exporters.attention_choice import attention_as, require_choice
 from mskip.exporters.graph_cache import PENDING, BufferCache, buffer_mask
 from mskip.exporters.runner import Ints
 
@@ -126,12 +126,7 @@ class KernelSteps:
                 f"the kernels run on an NVIDIA GPU; this model is on {model.device.type}.",
                 "Leave kernels out, or set TRITON_INTERPRET=1 to try them slowly on the CPU.",
             )
-        if not type(model)._can_set_attn_implementation():
-            raise ModelError(
-                f"{type(model).__name__} has its attention written into its modelling file, so the "
-                "kernels cannot take its place.",
-                "Leave kernels out.",
-            )
+        require_choice(model, "the kernels cannot take its place", "Leave kernels out.")
         self.model, self.routers = model, routers
         self._kernels = routed_kernels
         family, kind = family_of(model), routers.sublayers.granularity
@@ -142,8 +137,6 @@ class KernelSteps:
             if type(part) is nn.Linear
         ]
         self._layers = len(family.decoder_layers(model))
-        AttentionInterface.register(_NAME, self._attention)
-        AttentionMaskInterface.register(_NAME, buffer_mask)
 
     # -- buffers --
 
@@ -261,8 +254,6 @@ class KernelSteps:
     @contextlib.contextmanager
     def _in_force(self, flags: Tensor) -> Iterator[None]:
         """The model's attention and the routed sublayers' products are the kernels'."""
-        attention = self.model.config._attn_implementation
-        self.model.set_attn_implementation(_NAME)
 
         def product(part: nn.Linear, execute: Tensor) -> Any:
             def forward(states: Tensor) -> Tensor:
@@ -274,11 +265,11 @@ class KernelSteps:
         for part, index in self._linears:
             part.forward = product(part, flags[index])  # type: ignore[method-assign]
         try:
-            yield
+            with attention_as(self.model, _NAME, self._attention, buffer_mask):
+                yield
         finally:
             for part, _ in self._linears:
                 del part.forward
-            self.model.set_attn_implementation(attention)
 
     def _attention(
         self,

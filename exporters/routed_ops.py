@@ -16,9 +16,10 @@ import onnx_ir as ir
 import torch
 from onnx_ir import tape
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mskip.compressor.errors import ModelError
+from mskip.exporters.attention_choice import attention_as, require_choice
 from mskip.exporters.graph_cache import buffer_mask
 from mskip.exporters.layers import DOMAIN
 from mskip.exporters.splicing import constant
@@ -75,20 +76,10 @@ def routed_forms(model: PreTrainedModel) -> Iterator[None]:
     Raises:
         ModelError: the architecture does not let its attention be chosen.
     """
-    if not type(model)._can_set_attn_implementation():
-        raise ModelError(
-            f"{type(model).__name__} has its attention written into its modelling file, so the "
-            "plugin cannot take its place.",
-            "Export with --target trt (conditionals).",
-        )
-    AttentionInterface.register(_NAME, _attention)
-    AttentionMaskInterface.register(_NAME, buffer_mask)
-    attention = model.config._attn_implementation
-    model.set_attn_implementation(_NAME)
-    try:
+    consequence = "the plugin cannot take its place"
+    require_choice(model, consequence, "Export with --target trt (conditionals).")
+    with attention_as(model, _NAME, _attention, buffer_mask):
         yield
-    finally:
-        model.set_attn_implementation(attention)
 
 
 # -- in standard operators ----------------------------------------------------------------------
