@@ -113,7 +113,7 @@ def calibrate_run(
         "per_layer": per_layer,
         "data": None if other is None else asdict(other),
         "prompts": {"calibration": len(samples.calibration), "held_out": len(samples.held_out)},
-        **found.report(routers.layers, unit, dtype),
+        **found.report(routers.layers, unit, dtype, routed=tuned_by(run) == "routed"),
     }
     run.write_calibration(calibration)
     if other is None:

@@ -51,13 +51,16 @@ class Calibrated:
     reached: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def report(self, layers: list[int], unit: Unit, dtype: str) -> dict[str, Any]:
+    def report(
+        self, layers: list[int], unit: Unit, dtype: str, *, routed: bool = True
+    ) -> dict[str, Any]:
         """The entries of ``calibration.json`` that follow from these.
 
         Args:
             layers: decoder layer index of each routed sublayer.
             unit: what decides.
             dtype: of the arithmetic in which a decision has to hold.
+            routed: routers decide; of removal for good, constant decisions are no warning.
         """
         margins = (torch.cat([self.scores, self.held_scores]) - self.tau).abs()
         rows = _layer_rows(layers, unit, self)
@@ -74,7 +77,7 @@ class Calibrated:
                 "p05": _quantile(margins, 0.05),
                 "median": float(margins.median()),
             },
-            "warnings": _warnings(rows, margins, dtype, *_WORDS[unit]),
+            "warnings": _warnings(rows if routed else [], margins, dtype, *_WORDS[unit]),
             "evaluations": self.evaluations,
             **self.extra,
         }
