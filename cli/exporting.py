@@ -22,7 +22,6 @@ from mskip.cli.session import working
 
 if TYPE_CHECKING:
     from mskip.compressor.artifact import Run
-    from mskip.compressor.errors import MskipError
     from mskip.exporters.triton.repository import Deployment
     from mskip.exporters.trt_engine import Build, Mode
 
@@ -99,6 +98,15 @@ def export(
             metavar="FILE", help="Where measured kernels are kept.", rich_help_panel=_TENSORRT
         ),
     ] = None,
+    trt_peers: Annotated[
+        bool,
+        typer.Option(
+            "--trt-peers",
+            metavar="",
+            help="Also the dense and static engines that mskip bench --trt compares with.",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = False,
     verbose: Annotated[
         bool,
         typer.Option(
@@ -215,7 +223,9 @@ def export(
         if trt_mode is None and sizes.batch[2] > 1:
             plugins = plugins or builder.row.plugins
         mode: Mode = "plugin" if plugins else "if"
-        build = Build(builder, sizes, capabilities, workspace, timing_cache, verbose, mode)
+        build = Build(
+            builder, sizes, capabilities, workspace, timing_cache, verbose, mode, trt_peers
+        )
         target = Target(build.form.target)
     form = Form(target.value, weights.value)
     spec = opened.recipe().model
@@ -290,14 +300,3 @@ def _engine(run: Run, build: Build, as_json: bool) -> None:
     with console.progress() as progress:
         report = engine_run(run, build, progress)
     console.emit(report, as_json, lambda value: tables.built(value, run.path))
-
-
-def engine_not_run(remedy: str) -> MskipError:
-    """Why no engine is executed: there is no GPU, or nothing yet that would run it."""
-    import torch
-
-    from mskip.compressor.errors import MskipError
-
-    device = torch.cuda.is_available()
-    reason = "this version of mskip has no runner for engines" if device else "no CUDA device"
-    return MskipError(f"TensorRT engine: not run: {reason}.", remedy)

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 def opened_engine(
     run: Run, name: str, form: Form
 ) -> Iterator[tuple[Runner, PreTrainedTokenizerBase]]:
-    """The engine ("onnx" or "torch") of a run, and its tokenizer; ``form`` is of the graph.
+    """The engine of a run ("onnx", "torch" or "trt"), and its tokenizer.
+
+    Args:
+        run: calibrated.
+        name: of the engine.
+        form: of the graph that "onnx" runs; "trt" runs what was built last.
 
     Raises:
         ModelError: the routers decide once a token, which neither runs.
@@ -33,14 +38,21 @@ def opened_engine(
     from mskip.compressor.sublayers import require_unit
 
     require_unit(routing_unit(run), "sequence", "mskip generate")
-    if name == "onnx":
+    if name != "torch":
         from mskip.compressor.models import load_tokenizer
         from mskip.exporters.opening import open_runner
+        from mskip.exporters.trt_engine import built_form
+        from mskip.exporters.trt_runner import open_engine
 
-        folder = form.exported(run)
+        engine: Runner
         with console.progress() as progress:
             progress("load engine", 0, 1)
-            engine = open_runner(folder)
+            if name == "trt":
+                folder = built_form(run).folder(run)
+                engine = open_engine(folder)
+            else:
+                folder = form.exported(run)
+                engine = open_runner(folder)
             tokenizer = load_tokenizer(folder)
             progress("load engine", 1, 1)
         yield engine, tokenizer

@@ -78,20 +78,25 @@ class Engine(StrEnum):
 
     torch = "torch"
     onnx = "onnx"
+    trt = "trt"
 
 
 def check_engine(engine: Engine, form: Form) -> None:
-    """Refuse a graph that PyTorch is to run.
+    """Refuse a form of the graph for what does not run one.
 
     Raises:
         RecipeError: names the options that contradict each other.
     """
     from mskip.compressor.errors import RecipeError
 
-    if engine is Engine.torch and form.options:
+    if engine is not Engine.onnx and form.options:
+        runs = {
+            Engine.torch: "PyTorch runs no exported graph",
+            Engine.trt: "TensorRT runs the engine that was built last",
+        }
         raise RecipeError(
-            f"PyTorch runs no exported graph, and was asked for{form.options}.",
-            "Leave out --engine torch, or the options of the graph.",
+            f"{runs[engine]}, and was asked for{form.options}.",
+            f"Leave out --engine {engine.value}, or the options of the graph.",
         )
 
 

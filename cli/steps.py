@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mskip.cli import console, tables
-from mskip.cli.exporting import engine_not_run, export
+from mskip.cli.exporting import export
 from mskip.cli.options import (
     FOR_TENSORRT,
     GATE_FAILED,
@@ -226,35 +226,40 @@ def validate(
     """Prove the export against PyTorch; exit status 3 when a gate fails."""
     from mskip.compressor.artifact import open_run
 
-    if trt:
-        target = Target.trt
-
     opened = open_run(run)
     opened.calibration()
     from mskip.exporters.parity import validate_run
     from mskip.exporters.targets import Form
+    from mskip.exporters.trt_engine import built_form
+    from mskip.exporters.trt_runner import no_device
 
-    form = Form(target.value, weights.value)
+    form = built_form(opened) if trt else Form(target.value, weights.value)
+    unproved = no_device() if trt else None
     with working(opened.recipe().model) as (base, progress):
         report = validate_run(opened, base, progress, form)
-    unproved = None
+        if trt and unproved is None:
+            engine = validate_run(opened, base, progress, form, built=True)
+            if engine["status"] != "passed":
+                report["status"] = engine["status"]
+            of_engine = engine["gates"]
+        else:
+            of_engine = [{**gate, "value": None, "passed": None} for gate in report["gates"]]
     if trt:
-        unproved = engine_not_run("The graph that it was built from is proved by ONNX Runtime.")
+        report["gates"] += [{**gate, "name": f"engine: {gate['name']}"} for gate in of_engine]
+    if unproved is not None:
         report["not_run"] = unproved.message
-        report["gates"] += [
-            {**gate, "name": f"engine: {gate['name']}", "value": None, "passed": None}
-            for gate in report["gates"]
-        ]
     console.emit(report, as_json, tables.validated)
     if report["status"] != "passed":
         raise typer.Exit(GATE_FAILED)
     if unproved is not None:
         raise typer.Exit(unproved.status) if as_json else unproved
     if not as_json:
-        timed = target not in FOR_TENSORRT
-        tables.next_step(
-            opened.path, f"mskip bench{form.options}" if timed else "mskip export --trt"
-        )
+        following = f"mskip bench{form.options}"
+        if trt:
+            following = "mskip bench --trt"
+        elif target in FOR_TENSORRT:
+            following = "mskip export --trt"
+        tables.next_step(opened.path, following)
 
 
 def _counts(text: str | None, option: str) -> list[int] | None:
@@ -313,14 +318,22 @@ def bench(
     """Time dense, routed, all-execute, all-skip and static engines, interleaved."""
     batches, contexts = _counts(batch, "--batch"), _counts(context, "--context")
     from mskip.compressor.artifact import open_run
+    from mskip.compressor.errors import MskipError
     from mskip.exporters.kernels import profile_run
     from mskip.exporters.speed import bench_run
     from mskip.exporters.targets import Form
 
     opened, form = open_run(run), Form(target.value, weights.value)
-    if trt or target in FOR_TENSORRT:
-        # On ONNX Runtime its graph attends over whole buffers, so its time says nothing.
-        raise engine_not_run("Time what runs here: mskip bench --target ort")
+    if trt:
+        from mskip.exporters.trt_engine import built_form
+
+        form = built_form(opened)
+    elif target in FOR_TENSORRT:
+        raise MskipError(
+            "on ONNX Runtime the graph for TensorRT attends over whole buffers, so its time there "
+            "says nothing.",
+            "Time its engine on a GPU: mskip bench --trt; or here: mskip bench --target ort",
+        )
     if profile:
         with console.progress() as progress:
             report = profile_run(opened, form, contexts[0] if contexts else None, progress)
@@ -335,6 +348,7 @@ def bench(
             repeats=repeats,
             progress=progress,
             form=form,
+            built=trt,
         )
     console.emit(report, as_json, tables.benched)
     if not as_json:
@@ -365,7 +379,7 @@ def evaluate(
     ] = None,
     engine: Annotated[
         Engine | None,
-        typer.Option(metavar="torch|onnx", help="What runs the tasks; torch if left out."),
+        typer.Option(metavar="torch|onnx|trt", help="What runs the tasks; torch if left out."),
     ] = None,
     target: GraphTarget = Target.portable,
     weights: GraphWeights = Weights.float,
@@ -380,6 +394,9 @@ def evaluate(
     """
     from mskip.compressor.artifact import open_run
 
+    graph = target is not Target.portable or weights is not Weights.float
+    if tasks is None and (engine or graph or task_dir or limit):
+        raise typer.BadParameter("--task-dir, --limit and what runs the tasks are for --tasks.")
     opened = open_run(run)
     opened.calibration()
     if tasks is not None:

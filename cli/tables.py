@@ -199,6 +199,7 @@ def built(report: dict[str, Any], run: Path) -> None:
             ["products they can skip", f"{sum(behind.values())} of {len(behind)} sublayers"],
             ["products outside", str(len(report["outside"]))],
             ["engine", size(report["bytes"])],
+            *([name, size(count)] for name, count in report["peers"].items()),
             ["peak memory", size(report["peak_rss_bytes"])],
             ["time", seconds(report["seconds"])],
             ["executed", "not run: needs the GPU that it is for"],
@@ -301,6 +302,9 @@ def benched(report: dict[str, Any]) -> None:
         "efficiency: time saved by skipping all / by removing all.",
         DIM,
     )
+    if waits := report.get("waits"):
+        counts = ", ".join(f"{name} {count}" for name, count in waits.items())
+        say(f"waits of the host for the device in a decoding step: {counts}")
     if machine := report.get("machine"):
         say(f"{machine['cpu']}, {machine['cores']} cores, {machine['onnxruntime']}", DIM)
 

@@ -29,7 +29,7 @@ def score(
     Args:
         run: the run.
         tasks: "paper", or names with commas between.
-        engine: "torch" or "onnx".
+        engine: "torch", "onnx" or "trt".
         form: of the graph that "onnx" runs; None is the portable one.
         methods: of "dense", "static", "routed"; None for all.
         task_dir: folder with a ``<task>.jsonl`` each; None is the hub.

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from mskip.compressor.artifact import Run
 from mskip.compressor.progress import Progress, silent
 from mskip.exporters.builder import branch_prefix
 from mskip.exporters.contract import Contract
 from mskip.exporters.opening import open_runner
-from mskip.exporters.runner import Ints
+from mskip.exporters.runner import Ints, Runner
 
 CONTEXT = 256
 REPEATS = 7
@@ -59,6 +60,45 @@ def profiled(folder: Path, ids: Ints, decision: int) -> tuple[int, int]:
         return branch_nodes(engine.end_profile(), engine.contract)
 
 
+def timed(engine: Runner, ids: Ints, progress: Progress = silent) -> dict[str, float]:
+    """Prefill with every decision forced to skip, and to execute, in turn.
+
+    Returns:
+        ``context`` and ``repeats``, medians in ms and their ratio.
+    """
+    routed = len(engine.contract.routed_layers)
+    times: dict[int, list[float]] = {0: [], 1: []}
+    for repeat in range(REPEATS + 1):
+        for decision, taken in times.items():
+            routing = np.full((1, routed), decision, dtype=np.int64)
+            start = time.perf_counter()
+            engine.prefill(ids, routing=routing, last_only=True)
+            if repeat:  # the first round warms up
+                taken.append((time.perf_counter() - start) * 1e3)
+        progress("laziness", repeat, REPEATS + 2)
+    skip, execute = statistics.median(times[0]), statistics.median(times[1])
+    return {
+        "context": ids.shape[1],
+        "repeats": REPEATS,
+        "execute_ms": execute,
+        "skip_ms": skip,
+        "ratio": execute / skip,
+    }
+
+
+def built_laziness(
+    run: Run, engine: Runner, prompts: Sequence[Sequence[int]], progress: Progress = silent
+) -> dict[str, Any]:
+    """Of a TensorRT engine: by time, and by what its build found outside of the conditionals.
+
+    Returns:
+        See `measure_laziness`; there is no profile to count executed kernels in.
+    """
+    built = run.report("tensorrt", "Build it with: mskip export --trt")
+    measured = timed(engine, filled(prompts, CONTEXT), progress)
+    return {**measured, "skipped_branch_nodes": len(built["outside"])}
+
+
 def measure_laziness(
     folder: Path, prompts: Sequence[Sequence[int]], progress: Progress = silent
 ) -> dict[str, Any]:
@@ -74,29 +114,15 @@ def measure_laziness(
     """
     engine = open_runner(folder)
     ids = filled(prompts, CONTEXT)
-    routed = len(engine.contract.routed_layers)
-    times: dict[int, list[float]] = {0: [], 1: []}
-    for repeat in range(REPEATS + 1):
-        for decision, taken in times.items():
-            routing = np.full((1, routed), decision, dtype=np.int64)
-            start = time.perf_counter()
-            engine.prefill(ids, routing=routing)
-            if repeat:  # the first round warms up
-                taken.append((time.perf_counter() - start) * 1e3)
-        progress("laziness", repeat, REPEATS + 2)
+    measured = timed(engine, ids, progress)
     dense_attention = len(engine.contract.cached_layers) - len(engine.contract.compact_layers)
     del engine
     skipped, skip_softmax = profiled(folder, ids, 0)
     progress("laziness", REPEATS + 1, REPEATS + 2)
     executed, execute_softmax = profiled(folder, ids, 1)
     progress("laziness", REPEATS + 2, REPEATS + 2)
-    skip, execute = statistics.median(times[0]), statistics.median(times[1])
     return {
-        "context": CONTEXT,
-        "repeats": REPEATS,
-        "execute_ms": execute,
-        "skip_ms": skip,
-        "ratio": execute / skip,
+        **measured,
         # A kernel under another name would show in the Softmax count: two calls
         # (prefill, step) of the layers that always run.
         "skipped_branch_nodes": skipped + max(0, skip_softmax - 2 * dense_attention),

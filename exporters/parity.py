@@ -22,15 +22,21 @@ from mskip.compressor.recipe import RoundedLimits, ValidationSpec
 from mskip.compressor.samples import calibrated_samples
 from mskip.compressor.sublayers import require_unit
 from mskip.exporters.contract import Contract
-from mskip.exporters.laziness import measure_laziness
+from mskip.exporters.laziness import built_laziness, measure_laziness
 from mskip.exporters.opening import open_runner
 from mskip.exporters.runner import Floats, Ints, Runner, State, left_padded
 from mskip.exporters.targets import PORTABLE, Form
 from mskip.exporters.torch_runner import TorchRunner
+from mskip.exporters.trt_runner import open_engine
 
 BATCH = 8
 LARGEST = float(np.finfo(np.float32).max)
 """Stands for NaN and infinity, which would pass a ``max`` unseen and have no JSON."""
+
+
+def batch_of(engine: Runner) -> int:
+    """Prompts that are compared at once."""
+    return min(BATCH, engine.largest_batch or BATCH)
 
 
 @dataclass(frozen=True)
@@ -149,11 +155,11 @@ def compare(
         steps: tokens to continue.
         progress: one unit a prompt.
     """
-    result = Comparison()
+    result, most = Comparison(), batch_of(engine)
     tau = np.asarray(reference.contract.tau, dtype=np.float32)
     layers = reference.contract.routed_layers
-    for start in range(0, len(prompts), BATCH):
-        ids, mask = left_padded(prompts[start : start + BATCH], reference.contract.pad)
+    for start in range(0, len(prompts), most):
+        ids, mask = left_padded(prompts[start : start + most], reference.contract.pad)
         expected, found = reference.prefill(ids, mask), engine.prefill(ids, mask)
         result.decisions(expected, found, tau, layers)
         same = (expected.routing == found.routing).all(axis=1)
@@ -183,9 +189,9 @@ def batch_invariance(
         ``max_abs``: largest difference of the last position's logits.
         ``decisions_equal``: whether every decision is the same.
     """
-    worst, equal = 0.0, True
-    for start in range(0, len(prompts), BATCH):
-        chosen = prompts[start : start + BATCH]
+    worst, equal, most = 0.0, True, batch_of(engine)
+    for start in range(0, len(prompts), most):
+        chosen = prompts[start : start + most]
         ids, mask = left_padded(chosen, engine.contract.pad)
         together = engine.prefill(ids, mask)
         for row, prompt in enumerate(chosen):
@@ -212,10 +218,10 @@ def quality(
         progress: one unit a sample.
     """
     sums = {"kl_torch": 0.0, "kl_engine": 0.0, "loss_torch": 0.0, "loss_engine": 0.0}
-    tokens = 0
+    tokens, most = 0, batch_of(engine)
     routed = len(reference.contract.routed_layers)
-    for start in range(0, len(samples), BATCH):
-        chosen = samples[start : start + BATCH]
+    for start in range(0, len(samples), most):
+        chosen = samples[start : start + most]
         everything = np.ones((len(chosen), routed), dtype=np.int64)
         dense, targets = _answer_log_probs(reference, chosen, everything)
         for name, runner in (("torch", reference), ("engine", engine)):
@@ -312,18 +318,31 @@ def _rounded(contract: Contract, base: BaseModel) -> str | None:
 
 
 def validate_run(
-    run: Run, base: BaseModel, progress: Progress = silent, form: Form = PORTABLE
+    run: Run,
+    base: BaseModel,
+    progress: Progress = silent,
+    form: Form = PORTABLE,
+    *,
+    built: bool = False,
 ) -> dict[str, Any]:
     """Compare an exported run with PyTorch and judge it by the recipe's limits.
 
+    Args:
+        run: an exported run.
+        base: its base model.
+        progress: a stage a question.
+        form: of the graph.
+        built: compare the TensorRT engine that was built from the graph, not the graph.
+
     Returns:
-        The report, as saved in ``reports/validate.json`` (``validate-<form>.json``); its
-        ``status`` is "passed" or "failed".
+        The report, as saved in ``reports/validate.json`` (``validate-<form>.json``,
+        ``validate-<form>-engine.json``); its ``status`` is "passed" or "failed".
 
     Raises:
-        ArtifactError: the run is not exported, or the export is not of its routers.
+        ArtifactError: the run is not exported or built, or the export is not of its routers.
         MissingExtraError: onnxruntime is not installed.
         ModelError: the routers decide once a token.
+        MskipError: an engine, and no GPU.
     """
     recipe = run.recipe()
     require_unit(routing_unit(run), "sequence", "an engine")
@@ -336,7 +355,7 @@ def validate_run(
             f"{folder} is an export of other routers than {run.path} now holds.",
             f"Export again: {command}",
         )
-    engine = open_runner(folder)
+    engine: Runner = open_engine(folder) if built else open_runner(folder)
     divided = calibrated_samples(run, recipe, base, progress)
     samples = [*divided.held_out, *divided.calibration][: spec.prompts]
     prompts = [sample.input_ids[: sample.prompt_length] for sample in samples]
@@ -346,7 +365,12 @@ def validate_run(
         scored = samples[: recipe.evaluation.prompts]
         measured = quality(reference, engine, scored, progress)
     name, rounded = engine.name, _rounded(engine.contract, base)
-    del engine  # others are opened, and there is memory for one
+    if built:
+        lazy: dict[str, Any] | None = built_laziness(run, engine, prompts, progress)
+        del engine
+    else:
+        del engine  # others are opened, and there is memory for one
+        lazy = None if form.target == "trt-plugin" else measure_laziness(folder, prompts, progress)
     report: dict[str, Any] = {
         "status": "",
         "engine": name,
@@ -370,14 +394,12 @@ def validate_run(
             "match": found.matching / found.prompts,
             "next_match": found.next_matching / found.positions,
         },
-        "laziness": None
-        if form.target == "trt-plugin"
-        else measure_laziness(folder, prompts, progress),
+        "laziness": lazy,
         "batch_invariance": invariance,
         "quality": measured,
     }
     gates = gates_of(report, spec)
     report["gates"] = [asdict(gate) for gate in gates]
     report["status"] = "failed" if any(gate.passed is False for gate in gates) else "passed"
-    run.write_report(form.report("validate"), report)
+    run.write_report(form.report("validate") + "-engine" * built, report)
     return report

@@ -127,11 +127,13 @@ class Runner(ABC):
         contract: names, axes and defaults.
         alone: reads several new tokens of one sequence in one call, those of several sequences
             column by column.
+        largest_batch: most sequences of a call; None where any number goes.
     """
 
     name: str
     contract: Contract
     alone: bool = False
+    largest_batch: int | None = None
 
     @abstractmethod
     def forward(self, input_ids: Ints, mask: Ints, cache: Any, routing: Ints, tau: Floats) -> State:

@@ -28,9 +28,11 @@ from mskip.compressor.sublayers import require_unit
 from mskip.exporters.laziness import filled
 from mskip.exporters.onnx_export import CEILING, DENSE, MODEL, STATIC
 from mskip.exporters.opening import open_runner
-from mskip.exporters.ort_runner import OrtRunner, runtime
-from mskip.exporters.runner import Ints, State
+from mskip.exporters.ort_runner import runtime
+from mskip.exporters.runner import Ints, Runner, State
 from mskip.exporters.targets import PORTABLE, Form
+from mskip.exporters.trt_engine import engine_of
+from mskip.exporters.trt_runner import TrtRunner, open_engine
 
 QUICK_BATCHES, QUICK_CONTEXTS, QUICK_REPEATS = [1], [128, 512, 2048], 3
 
@@ -46,7 +48,7 @@ class Variant:
         times: ms by phase, one a repeat.
     """
 
-    engine: OrtRunner
+    engine: Runner
     decision: int | None = None
     state: State | None = None
     times: dict[str, list[float]] = field(default_factory=lambda: {"prefill": [], "decode": []})
@@ -65,7 +67,7 @@ def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return (time.perf_counter() - start) * 1e3, result
 
 
-def _decode(engine: OrtRunner, state: State, ids: Ints, steps: int) -> None:
+def _decode(engine: Runner, state: State, ids: Ints, steps: int) -> None:
     for _ in range(steps):
         engine.extend(state, ids[:, :1])
 
@@ -152,6 +154,7 @@ def bench_run(
     repeats: int | None = None,
     progress: Progress = silent,
     form: Form = PORTABLE,
+    built: bool = False,
 ) -> dict[str, Any]:
     """Benchmark an exported run.
 
@@ -163,26 +166,33 @@ def bench_run(
         repeats: timed rounds; None takes the recipe's.
         progress: one unit a case.
         form: whose graphs.
+        built: time the TensorRT engines that were built from them.
 
     Returns:
-        The report, as saved in ``reports/bench.json`` (``bench-<target>.json``).
+        The report, as saved in ``reports/bench.json`` (``bench-<form>.json``). Of engines, with
+        ``waits``: how often a decoding step makes the host wait for the device, by engine.
 
     Raises:
-        ArtifactError: the run is not exported.
+        ArtifactError: the run is not exported, or not built with its peers.
         MissingExtraError: onnxruntime is not installed.
         ModelError: the routers decide once a token.
+        MskipError: engines, and no GPU.
     """
     spec = run.recipe().bench
     require_unit(routing_unit(run), "sequence", "an engine")
     batches = list(batches or (QUICK_BATCHES if quick else spec.batches))
     contexts = list(contexts or (QUICK_CONTEXTS if quick else spec.contexts))
     repeats = repeats or (QUICK_REPEATS if quick else spec.repeats)
-    runtime()  # without it an export helps nobody
+    files = MODEL, DENSE, STATIC, CEILING
+    if not built:
+        runtime()  # without it an export helps nobody
     folder = form.exported(run)
-    engines = {
-        name: open_runner(folder, name, threads=spec.threads)
-        for name in (MODEL, DENSE, STATIC, CEILING)
-    }
+    engines: dict[str, Runner] = {}
+    for name in files:
+        if built:
+            engines[name] = open_engine(folder, engine_of(name))
+        else:
+            engines[name] = open_runner(folder, name, threads=spec.threads)
     variants = {
         "dense": Variant(engines[DENSE]),
         "routed": Variant(engines[MODEL]),
@@ -202,6 +212,8 @@ def bench_run(
         capacity = float(routed.routing.mean())
         rows += [row_of(times, p, batch, context, capacity) for p in ("prefill", "decode")]
     progress("bench", len(cases), len(cases))
+    for row in rows:
+        row["engine"] = "tensorrt" if built else row["engine"]
     rows.sort(key=lambda row: (row["phase"] != "prefill", row["batch"], row["context"]))
     report = {
         "machine": machine(engines[MODEL].name, spec.threads),
@@ -212,6 +224,10 @@ def bench_run(
         },
         "rows": rows,
     }
+    if built:
+        report["waits"] = {
+            name: engine.waits for name, engine in engines.items() if isinstance(engine, TrtRunner)
+        }
     run.write_report(form.report("bench"), report)
     count = len(engines[MODEL].contract.routed_layers)
     run.write_report("costs", costs_of(rows, count, engines[MODEL].name, form))

@@ -34,6 +34,8 @@ from mskip.exporters.runner import Runner
 from mskip.exporters.targets import PORTABLE, Form
 from mskip.exporters.task_files import configs, definition, task_files
 from mskip.exporters.torch_runner import TorchRunner
+from mskip.exporters.trt_engine import built_form
+from mskip.exporters.trt_runner import open_engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -189,7 +191,7 @@ def check_run(run: Run, engine: str, methods: Sequence[str], form: Form = PORTAB
     """Find out what would stop `score_run` before a model is loaded.
 
     Raises:
-        ArtifactError: the run is not tuned, calibrated or (for "onnx") exported in that form.
+        ArtifactError: the run is not tuned, calibrated or (but for "torch") exported in that form.
         MskipError: an unknown engine or method, or routers that decide once a token.
     """
     require_unit(routing_unit(run), "sequence", "an engine")
@@ -197,8 +199,8 @@ def check_run(run: Run, engine: str, methods: Sequence[str], form: Form = PORTAB
         if unknown := [name for name in names if name not in known]:
             raise MskipError(f"no {kind} '{unknown[0]}'.", f"There are: {', '.join(known)}.")
     forced_decisions(run, len(run.calibration()["tau"]), methods)
-    if engine == "onnx":
-        _exported(run, form)
+    if engine != "torch":
+        _exported(run, built_form(run) if engine == "trt" else form)
 
 
 def score_run(
@@ -223,7 +225,7 @@ def score_run(
     Args:
         run: calibrated, and for "onnx" exported.
         base: its base model.
-        engine: "torch" or "onnx".
+        engine: "torch", "onnx" or "trt", the engine that was built last.
         form: of the graph that "onnx" runs.
         methods: of `METHODS`.
         tasks: names, see `score_tasks`.
@@ -242,6 +244,7 @@ def score_run(
     """
     check_run(run, engine, methods, form)
     by = form.name if engine == "onnx" else engine
+    form = built_form(run) if engine == "trt" else form
     files = [] if task_dir is None else [p for name in tasks for p in task_files(name, task_dir)]
     subject = {
         "routers": routers_hash(run),
@@ -253,7 +256,7 @@ def score_run(
     report: dict[str, Any] = {}
     with ENGINES[engine](run, base, form) as runner:
         masks = forced_decisions(run, len(runner.contract.routed_layers), methods)
-        identity = _identity(run, base, runner, form if engine == "onnx" else None)
+        identity = _identity(run, base, runner, None if engine == "torch" else form)
         with AnswerStore(run.reports / "tasks" / "answers.jsonl", identity) as store:
             for method in methods:
                 scores = score_tasks(
@@ -374,6 +377,11 @@ def _exported(run: Run, form: Form) -> dict[str, Any]:
     return exported
 
 
-ENGINES = {"torch": _torch, "onnx": _onnx}
+@contextmanager
+def _trt(run: Run, base: BaseModel, form: Form) -> Iterator[Runner]:
+    yield open_engine(form.folder(run))
+
+
+ENGINES = {"torch": _torch, "onnx": _onnx, "trt": _trt}
 # PyTorch leaves out the logits of the prompt, so more of it fits; generation gains most.
-_BATCH = {"torch": 8192, "onnx": BATCH_TOKENS}
+_BATCH = {"torch": 8192, "onnx": BATCH_TOKENS, "trt": BATCH_TOKENS}

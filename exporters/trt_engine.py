@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 from mskip.compressor.artifact import Run
 from mskip.compressor.errors import ArtifactError, ModelError, MskipError
-from mskip.compressor.files import sha256, whole_file
+from mskip.compressor.files import sha256, whole_file, write_json
 from mskip.compressor.progress import Progress, silent
 from mskip.exporters.contract import Contract, read_contract
-from mskip.exporters.onnx_export import MODEL, peak_rss, reset_peak
+from mskip.exporters.onnx_export import CEILING, DENSE, MODEL, STATIC, peak_rss, reset_peak
 from mskip.exporters.ort_runner import contract_path
 from mskip.exporters.targets import Form
 from mskip.exporters.trt_builders import Chosen
@@ -23,6 +23,10 @@ from mskip.exporters.trt_conditionals import Conditionals, look_at
 from mskip.exporters.trt_profile import Profile
 
 ENGINE = "model.engine"
+BUILT = "engine.json"
+"""What built the engines of a folder, and how; a runner reads it."""
+PEERS = DENSE, STATIC, CEILING
+"""Graphs that a routed engine is compared with."""
 Mode = Literal["if", "plugin"]
 _GIB = 1 << 30
 
@@ -39,6 +43,7 @@ class Build:
         timing_cache: file that measured kernels are kept in.
         verbose: print all that the builder says to the error stream.
         mode: whether conditionals skip, or plugins.
+        peers: also build the dense and the static engines that `mskip bench --trt` compares with.
     """
 
     builder: Chosen
@@ -48,6 +53,7 @@ class Build:
     timing_cache: Path | None = None
     verbose: bool = False
     mode: Mode = "if"
+    peers: bool = False
 
     @property
     def form(self) -> Form:
@@ -75,15 +81,20 @@ def _recorder(trt: Any, verbose: bool) -> Any:
 
 
 def build_engine(
-    folder: Path, contract: Contract, build: Build, progress: Progress = silent
+    folder: Path,
+    contract: Contract,
+    build: Build,
+    progress: Progress = silent,
+    file: str = MODEL,
 ) -> tuple[Any, Conditionals, dict[str, Any]]:
     """Parse a graph and build its engine.
 
     Args:
         folder: of the export, in the build's form.
-        contract: its contract.
+        contract: the graph's contract.
         build: how.
         progress: one unit a part.
+        file: which graph.
 
     Returns:
         The engine's bytes, what its conditionals are, and what the builder logged.
@@ -93,7 +104,8 @@ def build_engine(
             its conditional.
     """
     trt = build.builder.module
-    progress("engine", 0, 2, "parsing")
+    stage = engine_of(file)
+    progress(stage, 0, 2, "parsing")
     recorder = _recorder(trt, build.verbose)
     builder = trt.Builder(recorder)
     # Types are the graph's own; TensorRT 11 knows no other networks.
@@ -105,7 +117,7 @@ def build_engine(
     parser = trt.OnnxParser(network, recorder)
     if build.mode == "plugin":  # else the parser takes the functions in the file
         parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
-    if not parser.parse_from_file(str(folder / MODEL)):
+    if not parser.parse_from_file(str(folder / file)):
         said = [str(parser.get_error(number)) for number in range(parser.num_errors)]
         raise _refused(build, "parse", said or recorder.errors)
     conditionals = look_at(network, contract)
@@ -118,7 +130,7 @@ def build_engine(
             "Please report it with reports/tensorrt.json; nothing was written.",
         )
     config = _configured(builder, network, contract, build)
-    progress("engine", 1, 2, "building")
+    progress(stage, 1, 2, "building")
     recorder.errors.clear()  # without a GPU, parsing asks for one in vain
     engine = builder.build_serialized_network(network, config)
     if engine is None:
@@ -126,7 +138,7 @@ def build_engine(
     if build.timing_cache is not None and (cache := config.get_timing_cache()) is not None:
         with whole_file(build.timing_cache) as temporary:
             temporary.write_bytes(bytes(cache.serialize()))
-    progress("engine", 2, 2)
+    progress(stage, 2, 2)
     return engine, conditionals, dict(recorder.counts)
 
 
@@ -144,7 +156,7 @@ def _plugins(trt: Any, build: Build) -> None:
 def _check_plugins(found: Conditionals, contract: Contract, build: Build) -> None:
     """Each layer's attention is a plugin, so the parser did not take the functions instead."""
     kinds = [kind for kind in found.layers if kind.startswith("PLUGIN")]
-    if sum(found.layers[kind] for kind in kinds) < contract.layers:
+    if sum(found.layers[kind] for kind in kinds) < len(contract.cached_layers):
         raise ModelError(
             f"{build.builder.title} put standard layers in the places of the plugins: this engine "
             "would compute what it is to skip.",
@@ -182,6 +194,24 @@ def _refused(build: Build, what: str, said: Sequence[str]) -> MskipError:
     )
 
 
+def built_form(run: Run) -> Form:
+    """The form of the graph that a run's engine was built from last; conditionals if none was."""
+    if not (run.reports / "tensorrt.json").is_file():
+        return Form("trt")
+    mode = run.report("tensorrt", "Build it with: mskip export --trt")["mode"]
+    return Form("trt" if mode == "if" else "trt-plugin")
+
+
+def engine_of(file: str) -> str:
+    """Name of the engine that is built from a graph."""
+    return file.replace(".onnx", ".engine")
+
+
+def _write(path: Path, engine: Any) -> None:
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        file.write(engine)
+
+
 def engine_run(run: Run, build: Build, progress: Progress = silent) -> dict[str, Any]:
     """Build the engine of a run that was exported in the build's form.
 
@@ -200,11 +230,29 @@ def engine_run(run: Run, build: Build, progress: Progress = silent) -> dict[str,
             f"{build.profile.context}.",
             "Export again.",
         )
+    for name in (BUILT, *map(engine_of, (MODEL, *PEERS))):  # earlier ones have other settings
+        (folder / name).unlink(missing_ok=True)
     started = time.monotonic()
     reset_peak()
     engine, conditionals, logged = build_engine(folder, contract, build, progress)
-    with whole_file(folder / ENGINE) as temporary, temporary.open("wb") as file:
-        file.write(engine)
+    _write(folder / ENGINE, engine)
+    del engine
+    conditions = {ENGINE: conditionals.conditions}
+    for file in PEERS if build.peers else ():
+        peer = read_contract(contract_path(folder, file))
+        engine, found, _ = build_engine(folder, peer, build, progress, file)
+        _write(folder / engine_of(file), engine)
+        conditions[engine_of(file)] = found.conditions
+    write_json(
+        folder / BUILT,
+        {
+            "builder": build.builder.row.name,
+            "version": build.builder.title,
+            "mode": build.mode,
+            "compute_capabilities": list(build.capabilities),
+            "conditions": conditions,
+        },
+    )
     report = {
         "builder": build.builder.title,
         "file": f"{folder.name}/{ENGINE}",
@@ -216,6 +264,7 @@ def engine_run(run: Run, build: Build, progress: Progress = silent) -> dict[str,
             for each in build.profile.shapes(contract)
         ],
         "bytes": (folder / ENGINE).stat().st_size,
+        "peers": {name: (folder / name).stat().st_size for name in conditions if name != ENGINE},
         "sha256": sha256(folder / ENGINE),
         "graph_sha256": sha256(folder / MODEL),
         "seconds": round(time.monotonic() - started, 1),

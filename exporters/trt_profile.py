@@ -11,6 +11,9 @@ from mskip.exporters.onnx_export import CONTEXT
 
 Range = tuple[int, int, int]
 """Least, likeliest and largest size."""
+LOGITS = 64
+"""Most columns of a prompt whose logits one call gives. One is asked for, but in proofs and scores:
+all of a long prompt's would take more memory than the model."""
 _NAMES = ("batch", "seq", "context")
 _FORM = "--profile 'batch=1,4,8 seq=1,512,2048 context=4096'"
 
@@ -33,7 +36,8 @@ class Profile:
         """Least, likeliest and largest shape of each input that varies, of prefill and decoding."""
         found = []
         for sequence in (self.sequence, (1, 1, 1)):
-            sizes = {BATCH: self.batch, SEQUENCE: sequence, KEPT: (1, 1, 1)}
+            kept = 1, 1, min(LOGITS, sequence[2])
+            sizes = {BATCH: self.batch, SEQUENCE: sequence, KEPT: kept}
             found.append(
                 {
                     spec.name: [
