@@ -196,7 +196,7 @@ def built(report: dict[str, Any], run: Path) -> None:
             ["precision", report["precision"]],
             ["layers", str(report["layers"])],
             ["conditionals", str(report["conditions"])],
-            ["products they can skip", f"{sum(behind.values())} of {len(behind)} sublayers"],
+            ["products they can skip", f"{sum(behind.values())}, in {len(behind)} sublayers"],
             ["products outside", str(len(report["outside"]))],
             ["engine", size(report["bytes"])],
             *([name, size(count)] for name, count in report["peers"].items()),

@@ -47,10 +47,11 @@ from mskip.compressor.tuning import tune
 from mskip.compressor.units import prompt_paths
 from mskip.compressor.worth import is_dynamic_worth_it
 
-# Reports that describe the run at one tau.
+_FORMS = ("", "-ort", "-ort-int8", "-ort-int4", "-tensorrt", "-tensorrt-plugin", "-engine")
+# Reports that describe the run at one tau: a graph has it as its default.
 AFTER_CALIBRATION = (
-    *("eval", "export", "validate", "bench", "tasks"),
-    *("export-ort", "validate-ort", "bench-ort"),
+    *("eval", "tasks", "tensorrt"),
+    *(f"{name}{form}" for name in ("export", "validate", "bench") for form in _FORMS),
 )
 
 

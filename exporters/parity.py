@@ -336,7 +336,7 @@ def validate_run(
 
     Returns:
         The report, as saved in ``reports/validate.json`` (``validate-<form>.json``,
-        ``validate-<form>-engine.json``); its ``status`` is "passed" or "failed".
+        ``validate-engine.json``); its ``status`` is "passed" or "failed".
 
     Raises:
         ArtifactError: the run is not exported or built, or the export is not of its routers.
@@ -401,5 +401,5 @@ def validate_run(
     gates = gates_of(report, spec)
     report["gates"] = [asdict(gate) for gate in gates]
     report["status"] = "failed" if any(gate.passed is False for gate in gates) else "passed"
-    run.write_report(form.report("validate") + "-engine" * built, report)
+    run.write_report("validate-engine" if built else form.report("validate"), report)
     return report

@@ -40,6 +40,7 @@ class _Input(NamedTuple):
 _N = 0.0
 _TIMES = ("dense_ms", "execute_ms", "routed_ms", "skip_ms", "static_ms")
 _BENCH = ("batch", "context", "capacity", "speedup", "efficiency", "overhead", "spread", *_TIMES)
+_BENCH_SHAPE = {"rows": [dict.fromkeys(_BENCH, _N)]}
 _TUNE_SHAPE = {
     "target": _N,
     "trace": [{"step": _N, "capacity": _N}],
@@ -79,9 +80,13 @@ _INPUTS = {
     "calibration": _Input("calibration.json", "mskip calibrate", _CALIBRATION_SHAPE),
     "eval": _Input("reports/eval.json", "mskip eval", _EVAL_SHAPE),
     "validate": _Input("reports/validate.json", "mskip validate", _VALIDATE_SHAPE),
-    "bench": _Input("reports/bench.json", "mskip bench", {"rows": [dict.fromkeys(_BENCH, _N)]}),
+    "bench": _Input("reports/bench.json", "mskip bench", _BENCH_SHAPE),
     "export": _Input("reports/export.json", "mskip export", {"bytes": _N}),
     "tensorrt": _Input("reports/tensorrt.json", "mskip export --trt", _TENSORRT_SHAPE),
+    "engine_validate": _Input(
+        "reports/validate-engine.json", "mskip validate --trt", _VALIDATE_SHAPE
+    ),
+    "engine_bench": _Input("reports/bench-engine.json", "mskip bench --trt", _BENCH_SHAPE),
     "sweep": _Input("reports/sweep.json", "mskip sweep", {"series": {}, "dense_perplexity": _N}),
     "tasks": _Input("reports/tasks.json", "mskip eval --tasks paper", {"rows": [_TASKS_SHAPE]}),
 }

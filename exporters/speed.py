@@ -169,7 +169,8 @@ def bench_run(
         built: time the TensorRT engines that were built from them.
 
     Returns:
-        The report, as saved in ``reports/bench.json`` (``bench-<form>.json``). Of engines, with
+        The report, as saved in ``reports/bench.json`` (``bench-<form>.json``,
+        ``bench-engine.json``). Of engines, with
         ``waits``: how often a decoding step makes the host wait for the device, by engine.
 
     Raises:
@@ -228,7 +229,7 @@ def bench_run(
         report["waits"] = {
             name: engine.waits for name, engine in engines.items() if isinstance(engine, TrtRunner)
         }
-    run.write_report(form.report("bench"), report)
+    run.write_report("bench-engine" if built else form.report("bench"), report)
     count = len(engines[MODEL].contract.routed_layers)
     run.write_report("costs", costs_of(rows, count, engines[MODEL].name, form))
     return report

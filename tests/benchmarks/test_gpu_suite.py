@@ -28,6 +28,7 @@ def test_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {tile["kernel"] for tile in report["tiles"]} == {"linear", "attention"}
     assert [each["builder"] for each in report["builders"]] == ["tensorrt", "tensorrt-rtx"]
     assert all("not run" in each["answer"] for each in report["builders"])
+    assert "no CUDA device" in report["engines"]["not_run"]
 
 
 def test_fastest_tiles_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +71,7 @@ def test_time_that_is_up_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     report = gpu_suite.suite(gpu_suite.SMOKE, -1.0)
     assert report["rows"] == []
     assert report["not_run"] == ["batch 2, context 16: no time left of -1 s"]
+    assert report["engines"] == {"not_run": "no time left of -1 s"}
 
 
 def test_without_a_gpu_it_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

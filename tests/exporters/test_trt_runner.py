@@ -290,7 +290,7 @@ def test_validation_of_a_built_engine(exported: Exported, built: Run) -> None:
     assert len(found["gates"]) == 9
     assert all(gate["passed"] for gate in found["gates"])
     assert found["tokens"]["match"] == 1.0
-    assert built.report("validate-tensorrt-engine", "") == found
+    assert built.report("validate-engine", "") == found
     assert not (built.reports / "validate-tensorrt.json").exists()
     # What the build found to be outside of the conditionals fails the engine.
     built.write_report("tensorrt", {"mode": "if", "outside": ["a product"]})
@@ -306,7 +306,7 @@ def test_bench_of_built_engines(built: Run) -> None:
     found = bench_run(
         built, batches=[1, 3], contexts=[16], repeats=1, form=built_form(built), built=True
     )
-    assert built.report("bench-tensorrt", "") == found
+    assert built.report("bench-engine", "") == found
     assert {row["engine"] for row in found["rows"]} == {"tensorrt"}
     assert [(row["phase"], row["batch"]) for row in found["rows"]] == [
         *(("prefill", 1), ("prefill", 3), ("decode", 1), ("decode", 3))
