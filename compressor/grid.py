@@ -22,8 +22,8 @@ class GridRow(_Part):
     Attributes:
         name: of the row and its run.
         set: overrides of the recipe, as with ``--set``.
-        skip_of_all: skipped share of the sublayers of *all* layers, routed or not; replaces
-            the recipe's capacity, which is of the routed ones.
+        skip_of_all: skipped share of the sublayers of *all* layers, routed or not, to the nearest
+            whole number of them; replaces the recipe's capacity, which is of the routed ones.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -89,11 +89,12 @@ def row_recipe(
     if row.skip_of_all is None or num_layers is None:
         return recipe
     routed = len(recipe.routing.routed_layers(num_layers))
-    capacity = 1 - row.skip_of_all * num_layers / routed
-    if capacity < 0:
+    # Whole sublayers: removal for good can skip no other share, and both rows are to skip as much.
+    skipped = max(1, round(row.skip_of_all * num_layers))
+    if skipped > routed:
         raise RecipeError(
             f"row '{row.name}' skips {row.skip_of_all:g} of {num_layers} layers, but only "
             f"{routed} are routed.",
             "Route more with --set routing.last=N.",
         )
-    return load_recipe(grid.recipe, [*changes, f"routing.capacity={capacity!r}"])
+    return load_recipe(grid.recipe, [*changes, f"routing.capacity={1 - skipped / routed!r}"])

@@ -56,3 +56,11 @@ def test_damaged(text: str, words: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(RecipeError, match=words):
         load_grid(str(path))
+
+
+def test_a_share_of_all_layers_is_a_whole_number_of_them() -> None:
+    """Of 30 layers an eighth is 3.75: removal for good could not skip so many."""
+    grid = load_grid("fig2")
+    changes = ["routing.last=16"]
+    skipped = [16 * (1 - row_recipe(grid, row, changes, 30).routing.capacity) for row in grid.rows]
+    assert skipped == [4, 4, 8, 8]

@@ -9,20 +9,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from architectures import make
-from random_routers import routers_of
+from tiny_export import exported
 
 
 @pytest.fixture(scope="module")
 def folder(make_tokenizer: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from mskip.compressor.models import BaseModel
-    from mskip.exporters.onnx_export import contract_of, export_onnx
-    from mskip.exporters.targets import Form
-
-    base = BaseModel(make("llama"), make_tokenizer(), None, "")  # type: ignore[arg-type]
-    routers = routers_of([1, 2, 3], "attention", compensated=True)
     place = tmp_path_factory.mktemp("packed")
-    export_onnx(base, routers, contract_of(base, routers, [0.5] * 3, 20, Form("ort")), place, [2])
+    exported(place, make_tokenizer(), target="ort")
     return place
 
 

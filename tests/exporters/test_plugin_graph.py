@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from trt_export import ROUTED, exported
+from tiny_export import ROUTED, exported
 
 if TYPE_CHECKING:
     from mskip.compressor.models import BaseModel

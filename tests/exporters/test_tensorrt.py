@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from trt_export import CAPACITY, ROUTED, exported
+from tiny_export import CAPACITY, ROUTED, exported
 
 if TYPE_CHECKING:
     from mskip.exporters.trt_builders import Chosen

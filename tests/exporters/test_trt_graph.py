@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from architectures import MODELS, make
-from trt_export import CAPACITY, ROUTED, exported
+from tiny_export import CAPACITY, ROUTED, exported
 
 if TYPE_CHECKING:
     from mskip.compressor.models import BaseModel

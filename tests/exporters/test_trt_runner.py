@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from trt_export import CAPACITY, ROUTED
-from trt_export import exported as write_export
+from tiny_export import CAPACITY, ROUTED
+from tiny_export import exported as write_export
 
 if TYPE_CHECKING:
     from conftest import Exported

@@ -1,4 +1,4 @@
-"""A tiny routed model exported in the target "trt"."""
+"""A tiny routed model, exported in any target."""
 
 from __future__ import annotations
 
