@@ -203,8 +203,11 @@ def export(
 
     if trt and target is Target.ort:
         raise typer.BadParameter("--trt builds from a graph with --target trt or trt-plugin.")
-    if trt_mode is not None and not trt:
-        raise typer.BadParameter("--trt-mode is for --trt; a graph alone has --target trt-plugin.")
+    if not trt and (trt_mode or trt_peers or trt_builder or compute_capability):
+        raise typer.BadParameter(
+            "--trt-mode, --trt-peers, --trt-builder and --compute-capability are for --trt; a "
+            "graph alone has --target trt or trt-plugin."
+        )
     opened = open_run(run)
     opened.calibration()  # before the model is loaded
     from mskip.exporters.targets import Form

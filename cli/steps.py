@@ -323,6 +323,8 @@ def bench(
     from mskip.exporters.speed import bench_run
     from mskip.exporters.targets import Form
 
+    if trt and profile:
+        raise typer.BadParameter("--profile is of ONNX Runtime, not of an engine.")
     opened, form = open_run(run), Form(target.value, weights.value)
     if trt:
         from mskip.exporters.trt_engine import built_form

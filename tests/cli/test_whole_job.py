@@ -45,7 +45,9 @@ def tensorrt(mskip: Any, done: Callable[..., str], run: Path) -> None:
     refused = mskip("export", "--trt", "--trt-mode", "plugin", "--trt-builder", "tensorrt-rtx")
     assert refused.exit_code == 1
     assert "tensorrt-rtx" in refused.stderr
-    assert mskip("export", "--trt-mode", "if").exit_code == 2
+    for alone in (["--trt-mode", "if"], ["--trt-peers"], ["--compute-capability", "8.9"]):
+        assert mskip("export", *alone).exit_code == 2
+    assert mskip("bench", "--trt", "--profile").exit_code == 2
     if find_spec("tensorrt_rtx_bindings"):
         engines = ("--compute-capability", "8.9", "--compute-capability", "12.0")
         assert "ceiling.engine" in done("export", "--trt", "--trt-peers", *engines, *small)
