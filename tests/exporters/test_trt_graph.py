@@ -150,10 +150,10 @@ def test_skipped_sublayers_do_not_run(made: Made, engine: BufferRunner) -> None:
     if engine.contract.granularity == "mlp":
         pytest.skip("its attention always runs")
     ids = np.array([PROMPTS[1]])
-    always = engine.contract.layers - len(ROUTED)
     nothing, softmax = profiled(made[2], ids, 0)
     assert nothing == 0
-    assert profiled(made[2], ids, 1)[1] - softmax == softmax // always * len(ROUTED) > 0
+    # One more for each attention that runs, in a prefill and a step; experts have others.
+    assert profiled(made[2], ids, 1)[1] - softmax == 2 * len(ROUTED)
 
 
 def test_generation_equals_pytorch(engine: BufferRunner, reference: TorchRunner) -> None:
