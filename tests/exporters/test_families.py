@@ -233,7 +233,10 @@ def test_bfloat16(make_tokenizer: Callable[..., Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gemma2, sliding"])
 def test_half_precision(name: str, make_tokenizer: Callable[..., Any], tmp_path: Path) -> None:
-    """Weights, keys and logits are float16; ONNX Runtime's CPU computes some of it in float32."""
+    """Weights, keys and logits are float16, against the same weights in float32 arithmetic.
+
+    PyTorch's own float16 on a CPU is no reference: how its products round depends on the machine.
+    """
     from mskip.exporters.onnx_export import MODEL
     from mskip.exporters.ort_runner import OrtRunner
     from mskip.exporters.torch_runner import TorchRunner
@@ -244,6 +247,7 @@ def test_half_precision(name: str, make_tokenizer: Callable[..., Any], tmp_path:
     engine = OrtRunner(exported(base, routers, tmp_path), threads=1)
     assert engine.contract.dtype == "float16"
     assert stored_types(tmp_path / MODEL) == {"FLOAT16"}
+    base.model.float()
     with TorchRunner(base, routers, engine.contract) as reference:
         expected = run(reference, MIXED)
-    close(run(engine, MIXED), expected, 2e-2)
+    close(run(engine, MIXED), expected, 1e-2)
