@@ -29,7 +29,7 @@ from mskip.exporters.answers import AnswerStore
 from mskip.exporters.harness import harness_model, harness_tasks, judged, offline, quietly
 from mskip.exporters.onnx_export import contract_of
 from mskip.exporters.opening import open_runner
-from mskip.exporters.reading import BATCH_TOKENS, Reader
+from mskip.exporters.reading import BATCH_TOKENS, GENERATION_TOKENS, Reader
 from mskip.exporters.runner import Runner
 from mskip.exporters.targets import PORTABLE, Form
 from mskip.exporters.task_files import configs, definition, task_files
@@ -94,7 +94,8 @@ def score_tasks(
     limit: int | None = None,
     store: AnswerStore | None = None,
     max_length: int | None = None,
-    max_tokens_per_batch: int = BATCH_TOKENS,
+    max_tokens: int = BATCH_TOKENS,
+    max_generation_tokens: int = GENERATION_TOKENS,
     label: str = "",
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -109,7 +110,8 @@ def score_tasks(
         limit: documents of each task, chosen by lot (the same ones every time); None for all.
         store: answers of earlier.
         max_length: tokens that the model reads; None asks the tokenizer, or takes 2048.
-        max_tokens_per_batch: padded tokens of a batch of contexts.
+        max_tokens: see `Reader`.
+        max_generation_tokens: see `Reader`.
         label: stands before the task's name in the progress.
         progress: one unit a request.
 
@@ -136,7 +138,8 @@ def score_tasks(
                 ends=[] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)],
                 routing=routing,
                 max_length=max_length or _max_length(tokenizer),
-                max_tokens=max_tokens_per_batch,
+                max_tokens=max_tokens,
+                max_generation_tokens=max_generation_tokens,
                 store=store,
                 stage=f"{label}{name}",
                 progress=progress,
@@ -268,7 +271,7 @@ def score_run(
                     limit=limit,
                     store=store,
                     max_length=int(base.model.config.get_text_config().max_position_embeddings),
-                    max_tokens_per_batch=_BATCH[engine],
+                    max_generation_tokens=_GENERATION_TOKENS[engine],
                     label=f"{by} {method}: ",
                     progress=progress,
                 )
@@ -383,5 +386,5 @@ def _trt(run: Run, base: BaseModel, form: Form) -> Iterator[Runner]:
 
 
 ENGINES = {"torch": _torch, "onnx": _onnx, "trt": _trt}
-# PyTorch leaves out the logits of the prompt, so more of it fits; generation gains most.
-_BATCH = {"torch": 8192, "onnx": BATCH_TOKENS, "trt": BATCH_TOKENS}
+# PyTorch leaves out the logits of the prompt, so more of it fits.
+_GENERATION_TOKENS = {"torch": 8192, "onnx": GENERATION_TOKENS, "trt": GENERATION_TOKENS}

@@ -217,7 +217,7 @@ def written(runner: Runner, context: list[int], most: int) -> list[int]:
 def test_continuations_are_greedy_and_stop(runner: Runner, random_prompts: Any) -> None:
     prompts = random_prompts(LENGTHS)
     free = [written(runner, prompt, 9) for prompt in prompts]
-    tested = reader(runner, max_tokens=30)
+    tested = reader(runner, max_generation_tokens=30)
     assert tested.continuations([(prompt, [], 9) for prompt in prompts]) == free
     assert tested.continuations([(prompt, [], 4) for prompt in prompts]) == [t[:4] for t in free]
     assert tested.continuations([(prompts[0], [], 0)]) == [[]]

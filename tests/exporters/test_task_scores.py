@@ -242,7 +242,7 @@ def test_scores_are_those_of_one_sequence_at_a_time(
         values = [total / length for (total, _), length in zip(found, lengths, strict=True)]
         right.append(int(np.argmax(values) == gold))
     scores = score_tasks(
-        runner, tokenizer, [name], task_dir=folder, max_length=LONG, max_tokens_per_batch=900
+        runner, tokenizer, [name], task_dir=folder, max_length=LONG, max_tokens=900
     )
     task = scores["tasks"][name]
     assert task["right"] == "".join(map(str, right))
@@ -384,7 +384,7 @@ def test_nothing_is_asked_of_the_network_or_printed(
         tokenizer,
         ["boolq", "winogrande"],
         task_dir=folder,
-        max_tokens_per_batch=1,
+        max_tokens=1,
         label="torch routed: ",
         progress=lambda stage, done, total, note="": seen.append((stage, done, total)),
     )
@@ -636,7 +636,6 @@ def test_methods_side_by_side(
             routing=[1, 0, 1],
             task_dir=folder,
             max_length=512,
-            max_tokens_per_batch=8192,
         )
     assert static["tasks"] == expected["tasks"]
 
