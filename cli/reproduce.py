@@ -29,7 +29,8 @@ app = typer.Typer()
 )
 def reproduce(
     table: Annotated[
-        str, typer.Argument(metavar="TABLE", help="table1, table-data, fig2, or a YAML file.")
+        str,
+        typer.Argument(metavar="TABLE", help="table1, table-data, fig2, methods, or a YAML file."),
     ],
     model: Annotated[
         str | None, typer.Option(metavar="ID|FOLDER", help="Base model; the table's if left out.")
@@ -135,27 +136,33 @@ def _finish(
 
 
 SPEED_CONTEXT = 512
+AVERAGES = "average", "against dense"
 
 
 def _report(grid: Grid, folder: Path, tasks: bool) -> dict[str, Any]:
     """The table's figures, from the reports of its runs."""
     from mskip.compressor.artifact import Run
+    from mskip.exporters.task_scores import against
 
     rows: list[dict[str, Any]] = []
+    dense_scores: dict[str, Any] | None = None
     for row in grid.rows:
         run = Run(folder / row.name)
         quality = run.report("eval", "")["rows"]
         ours = quality[-1]
         scores = {each["method"]: each for each in run.report("tasks", "")["rows"]} if tasks else {}
         if not rows:
-            dense = quality[0]
-            rows.append(_row("dense", dense, scores.get("dense"), 1.0))
+            dense_scores = scores.get("dense")
+            rows.append(_row("dense", quality[0], dense_scores, 1.0))
         bench = run.reports / "bench.json"
         speedup = None
         if bench.is_file():
             timed = run.report("bench", "")["rows"]
             speedup = next(each["speedup"] for each in timed if each["phase"] == "prefill")
-        rows.append(_row(row.name, ours, scores.get("routed"), speedup))
+        made = _row(row.name, ours, scores.get("routed"), speedup)
+        if dense_scores is not None and "routed" in scores:
+            made["against_dense"] = against(scores["routed"], dense_scores)
+        rows.append(made)
     return {"table": grid.name, "title": grid.title, "tasks": grid.tasks, "rows": rows}
 
 
@@ -175,20 +182,21 @@ def _row(
             task: {key: found[key] for key in figures} for task, found in scores["tasks"].items()
         },
         "average": None if scores is None else scores["average"],
+        "against_dense": None,
     }
 
 
-def _cell(figure: dict[str, float | None] | None) -> str:
+def _cell(figure: dict[str, float | None] | None, sign: str = "") -> str:
     if figure is None or figure["value"] is None:
         return "not run"
     error = "" if figure["stderr"] is None else f" ± {100 * figure['stderr']:.1f}"
-    return f"{100 * figure['value']:.1f}{error}"
+    return f"{100 * figure['value']:{sign}.1f}{error}"
 
 
 def _table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     scored = any(row["scores"] for row in report["rows"])
     tasks = report["tasks"] if scored else []
-    headings = [report["title"], "capacity", "prefill", "KL", *tasks, *(["average"] * scored)]
+    headings = [report["title"], "capacity", "prefill", "KL", *tasks, *AVERAGES[: 2 * scored]]
     rows = []
     for row in report["rows"]:
         speedup = row["prefill_speedup"]
@@ -200,7 +208,10 @@ def _table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ]
         scores = row["scores"] or {}
         cells += [_cell(scores.get(task)) for task in tasks]
-        rows.append(cells + ([_cell(row["average"])] if scored else []))
+        if scored:
+            cells.append(_cell(row["average"]))
+            cells.append(_cell(row["against_dense"], "+") if row["against_dense"] else "-")
+        rows.append(cells)
     return headings, rows
 
 

@@ -54,7 +54,15 @@ def test_reproduce(mskip, tiny_folder, tmp_path, documents):
         assert row["scores"]["piqa"]["documents"] == 4
     assert mlp["prefill_speedup"] > 0
     text = Path("runs/grid/table.md").read_text()
-    assert text.startswith("| Granularity | capacity | prefill | KL | piqa | average |\n| --- |")
+    assert text.startswith(
+        "| Granularity | capacity | prefill | KL | piqa | average | against dense |\n| --- |"
+    )
+    # One task, so the average difference is the difference of its two scores.
+    assert dense["against_dense"] is None
+    for row in (mlp, static):
+        lost = row["scores"]["piqa"]["value"] - dense["scores"]["piqa"]["value"]
+        assert row["against_dense"]["value"] == pytest.approx(lost)
+        assert f" {100 * lost:+.1f} ± {100 * row['against_dense']['stderr']:.1f} |" in text
 
     # Finished rows are kept; one that lost its tuning is made again.
     before = (Path("runs/grid/mlp/reports/tune.json")).stat().st_mtime_ns
@@ -87,7 +95,7 @@ def test_reproduce(mskip, tiny_folder, tmp_path, documents):
 def test_a_table_that_is_not_there(mskip):
     result = mskip("reproduce", "table9")
     assert result.exit_code == 1
-    assert "fig2, table-data, table1" in result.stderr
+    assert "fig2, methods, table-data, table1" in result.stderr
 
 
 @pytest.mark.parametrize("option", [["--capacity", "2"], ["--capacity", "a"]])

@@ -12,7 +12,7 @@ from mskip.compressor.grid import load_grid, row_recipe, shipped_grids
 
 def test_shipped_tables_resolve() -> None:
     """On the paper's model: 32 layers, 16 routed."""
-    assert shipped_grids() == ["fig2", "table-data", "table1"]
+    assert shipped_grids() == ["fig2", "methods", "table-data", "table1"]
     for name in shipped_grids():
         grid = load_grid(name)
         names = [row_recipe(grid, row, [], 32).name for row in grid.rows]
@@ -24,6 +24,15 @@ def test_rows_of_table_1_differ_in_granularity() -> None:
     recipes = [row_recipe(grid, row, ["routing.capacity=0.75"], 32) for row in grid.rows]
     assert [each.routing.granularity for each in recipes] == ["attention", "mlp", "block"]
     assert {each.routing.capacity for each in recipes} == {0.75}
+
+
+def test_rows_of_methods_differ_in_what_is_skipped_how() -> None:
+    """Also of a recipe that has maps of its own."""
+    grid = load_grid("methods").model_copy(update={"recipe": "smollm2-135m"})
+    recipes = [row_recipe(grid, row, [], 30) for row in grid.rows]
+    assert [each.method for each in recipes] == ["static", "routed", "routed"]
+    assert [each.compensation.rank for each in recipes] == [0, 0, 64]
+    assert recipes[-1].compensation.refine
 
 
 def test_share_of_all_layers_becomes_a_capacity() -> None:
