@@ -19,13 +19,14 @@ import argparse
 import datetime
 import os
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from gpu_engines import builders, engines, first_line
 
 SEED = 0
 ROUNDS = 7
@@ -327,7 +328,7 @@ def tiles(shapes: Shapes, dtype: Any) -> list[dict[str, Any]]:
                 run()
                 ms = statistics.median(timed(run, 20) for _ in range(5))
             except Exception as error:  # a tile that does not fit this GPU
-                found.append({"kernel": kind, "tile": tile.to_json(), "not_run": _first(error)})
+                found.append({"kernel": kind, "tile": tile.to_json(), "not_run": first_line(error)})
                 continue
             found.append({"kernel": kind, "tile": tile.to_json(), "ms": ms})
         rows += sorted(found, key=lambda row: row.get("ms", float("inf")))
@@ -344,95 +345,6 @@ def save_tiles(report: dict[str, Any]) -> Path:
         head = report["shapes"]["head"] if kernel == "attention" else 0
         save_tile(kernel, report["capability"], dtype, Tile(**row["tile"]), prompt=False, head=head)
     return table_path()
-
-
-# -- what else is there -------------------------------------------------------------------------
-
-
-def builders() -> list[dict[str, str]]:
-    """Whether TensorRT and TensorRT-RTX can build here."""
-    from mskip.compressor.errors import MskipError
-    from mskip.exporters.trt_builders import BUILDERS, choose
-
-    rows = []
-    for row in BUILDERS:
-        try:
-            rows.append({"builder": row.name, "answer": f"builds: {choose(row.name, []).title}"})
-        except MskipError as error:
-            rows.append({"builder": row.name, "answer": f"not run: {error.message}"})
-    return rows
-
-
-def engines(capabilities: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Engines of a random Llama of 1B widths: export, build, parity and time on this GPU.
-
-    Args:
-        capabilities: to build for; none for the GPU of this machine.
-
-    Returns:
-        What was built, errors relative to the largest logit by forced decision, and the rows of
-        `mskip bench --trt`; or why they were not run.
-    """
-    from mskip.compressor.errors import MskipError
-    from mskip.exporters.trt_builders import choose
-
-    try:
-        builder = choose(None, list(capabilities))
-        with tempfile.TemporaryDirectory() as scratch:
-            return _engines(Path(scratch) / "run", builder, capabilities)
-    except (MskipError, ImportError) as error:
-        return {"not_run": _first(error)}
-    except Exception as error:  # what follows does not depend on it
-        return {"not_run": f"{type(error).__name__}: {_first(error)}"}
-
-
-def _engines(folder: Path, builder: Any, capabilities: tuple[str, ...]) -> dict[str, Any]:
-    import numpy as np
-    import random_run
-
-    from mskip.compressor.artifact import Run, load_routers
-    from mskip.compressor.models import load_base
-    from mskip.exporters.onnx_export import export_run
-    from mskip.exporters.speed import bench_run
-    from mskip.exporters.torch_runner import TorchRunner
-    from mskip.exporters.trt_engine import Build, engine_run
-    from mskip.exporters.trt_profile import parse_profile
-    from mskip.exporters.trt_runner import open_engine
-
-    folder.mkdir()
-    random_run.write_model(folder / "model", 4, "float32")
-    random_run.write_run(folder, 4)
-    run = Run(folder)
-    spec = run.recipe().model.model_copy(update={"dtype": "float16"})
-    base, profile = load_base(spec), parse_profile("batch=1,1,8 seq=1,512,2048 context=2176")
-    build = Build(builder, profile, capabilities, peers=True)
-    export_run(run, base, form=build.form, context=profile.context)
-    found: dict[str, Any] = {"engine": engine_run(run, build), "error": {}}
-    routers = load_routers(run, base)
-    runner = open_engine(build.form.folder(run))
-    ids = np.random.default_rng(SEED).integers(3, 250, (4, 96))
-    forced = {"execute": [1, 1], "skip": [0, 0], "mixed": None}
-    with TorchRunner(base, routers, runner.contract) as reference:
-        for name, row in forced.items():
-            routing = np.array([[1, 0], [0, 1], [1, 1], [0, 0]] if row is None else [row] * 4)
-            states = [each.prefill(ids, routing=routing) for each in (reference, runner)]
-            errors = []
-            for _ in range(3):
-                expected, made = (state.logits[:, -1] for state in states)
-                errors.append(float(np.abs(made - expected).max() / np.abs(expected).max()))
-                token = expected.argmax(-1)[:, None]
-                pairs = zip((reference, runner), states, strict=True)
-                states = [each.extend(state, token) for each, state in pairs]
-            found["error"][name] = max(errors)
-    del runner
-    found["bench"] = bench_run(
-        run, batches=[1, 8], contexts=[512, 2048], repeats=ROUNDS, form=build.form, built=True
-    )
-    return found
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def cases(shapes: Shapes) -> Iterator[tuple[int, int]]:
@@ -473,7 +385,7 @@ def suite(shapes: Shapes, seconds: float) -> dict[str, Any]:
         try:
             row = measure(Case(layers, batch, context, dtype), report["copy_gb_s"])
         except torch.OutOfMemoryError as error:
-            report["not_run"].append(f"{name}: {_first(error)}")
+            report["not_run"].append(f"{name}: {first_line(error)}")
             continue
         finally:
             if cuda:
@@ -483,7 +395,7 @@ def suite(shapes: Shapes, seconds: float) -> dict[str, Any]:
     if time.monotonic() - began > seconds:
         report["engines"] = {"not_run": f"no time left of {seconds:.0f} s"}
     else:
-        report["engines"] = engines()
+        report["engines"] = engines(rounds=ROUNDS)
     report["seconds"] = round(time.monotonic() - began, 1)
     return report
 
