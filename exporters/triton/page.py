@@ -6,7 +6,7 @@ import http.client
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 
@@ -45,41 +45,44 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _statistics(self) -> None:
         """What "generate" has measured, as JSON and not as a text within JSON."""
-        upstream = http.client.HTTPConnection(HOST, self.ports.http, timeout=60)
-        try:
-            upstream.request("POST", "/v2/models/generate/generate", b'{"server_statistics": true}')
-            answer = upstream.getresponse()
-            body = answer.read()
-            if answer.status == 200:
-                body = json.loads(body)["statistics"].encode()
-            self._answer(answer.status, "application/json", body)
-        except ConnectionRefusedError:
-            self._answer(502, "text/plain", b"the server does not answer\n")
-        except OSError:
-            pass
-        finally:
-            upstream.close()
+        path, body = "/v2/models/generate/generate", b'{"server_statistics": true}'
+        with self._asked("POST", self.ports.http, path, body) as answer:
+            if answer is not None:
+                made = answer.read()
+                if answer.status == 200:
+                    made = json.loads(made)["statistics"].encode()
+                self._answer(answer.status, "application/json", made)
 
     def _pass_on(self, method: str, port: int, body: bytes | None) -> None:
+        with self._asked(method, port, self.path, body) as answer:
+            if answer is not None:
+                self.send_response(answer.status)
+                kind = answer.headers.get("Content-Type", "application/json")
+                self.send_header("Content-Type", kind)
+                self.end_headers()
+                while piece := answer.read1(1 << 16):
+                    self.wfile.write(piece)
+                    self.wfile.flush()
+
+    @contextmanager
+    def _asked(
+        self, method: str, port: int, path: str, body: bytes | None
+    ) -> Iterator[http.client.HTTPResponse | None]:
+        """The server's answer, or None where there is none, which the browser has been told.
+
+        If the browser goes away, so does this connection, and with it the request. An answer of
+        which a part was passed on can only break off.
+        """
         upstream = http.client.HTTPConnection(HOST, port, timeout=600)
-        # If the browser goes away, so does this connection, and with it the request.
-        try:
-            upstream.request(method, self.path, body)
-            answer = upstream.getresponse()
-            self.send_response(answer.status)
-            kind = answer.headers.get("Content-Type", "application/json")
-            self.send_header("Content-Type", kind)
-            self.end_headers()
-            while piece := answer.read1(1 << 16):
-                self.wfile.write(piece)
-                self.wfile.flush()
-        except ConnectionRefusedError:
-            self._answer(502, "text/plain", b"the server does not answer\n")
-        except OSError:
-            pass
-        finally:
-            with suppress(OSError):
-                upstream.close()
+        with closing(upstream), suppress(OSError, http.client.HTTPException):
+            try:
+                upstream.request(method, path, body)
+                answer = upstream.getresponse()
+            except (OSError, http.client.HTTPException):
+                self._answer(502, "text/plain", b"the server does not answer\n")
+                yield None
+            else:
+                yield answer
 
     def _answer(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)

@@ -1,4 +1,4 @@
-"""The paper's tasks on tiny files: prompts, scores, faults, and a run's methods side by side."""
+"""The paper's tasks on tiny files: prompts, scores, which documents, and figures."""
 
 from __future__ import annotations
 
@@ -14,97 +14,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from task_documents import LONG, METRIC, SCORED, SHOTS, Document, made, read, write, write_tasks
 
-from mskip.compressor.artifact import Run
-from mskip.compressor.errors import ArtifactError, DataError, MissingExtraError, MskipError
+from mskip.compressor.errors import DataError, MissingExtraError
 from mskip.exporters.answers import AnswerStore
 from mskip.exporters.runner import Floats, Ints, Runner, State
-from mskip.exporters.targets import PORTABLE, Form
-from mskip.exporters.task_files import PAPER, configs, definition, read_rows, task_names
+from mskip.exporters.task_files import PAPER, configs, definition
 from mskip.exporters.task_scores import (
     against,
     average,
-    check_run,
     check_tasks,
-    forced_decisions,
     mean_and_error,
-    score_run,
     score_tasks,
 )
-from mskip.exporters.torch_runner import TorchRunner
 
 if TYPE_CHECKING:
     from conftest import Exported
     from transformers import PreTrainedTokenizerBase
 
-    from mskip.compressor.models import BaseModel
 
 pytest.importorskip("lm_eval")
-
-Document = dict[str, Any]
-# Ten words are 60 tokens of the tiny tokenizer, and 25 examples 4,000: positions are rotary.
-LONG = 8192
-SHOTS = {
-    "boolq": 0, "rte": 0, "openbookqa": 0, "piqa": 0, "mmlu": 5, "winogrande": 5, "gsm8k": 5,
-    "hellaswag": 10, "arc_challenge": 25,
-}  # fmt: skip
-METRIC = {
-    "boolq": "acc", "rte": "acc", "openbookqa": "acc_norm", "piqa": "acc_norm", "mmlu": "acc",
-    "winogrande": "acc", "gsm8k": "exact_match", "hellaswag": "acc_norm",
-    "arc_challenge": "acc_norm",
-}  # fmt: skip
-SCORED = {
-    "boolq": 6, "rte": 6, "openbookqa": 6, "piqa": 6, "mmlu": 8, "winogrande": 7, "gsm8k": 4,
-    "hellaswag": 4, "arc_challenge": 3,
-}  # fmt: skip
-SUBJECTS = ["abstract_algebra", "anatomy"]
-WORDS = ["user", "assistant", "system", "the", "answer", "is", "question", "one", "two", "Response"]
-
-
-def made(name: str, rng: random.Random) -> Document:
-    """A random document of a task."""
-
-    def words(low: int, high: int) -> str:
-        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
-
-    choices = [words(1, 6) for _ in range(4)]
-    if name == "boolq":
-        query = f"Passage: {words(5, 9)}\nQuestion: {words(2, 4)}?"
-        return {"query": query, "choices": ["no", "yes"], "gold": rng.randrange(2)}
-    if name == "rte":
-        label = str(rng.randrange(2))
-        return {"premise": words(4, 9), "hypothesis": words(2, 4), "label": label}
-    if name == "gsm8k":
-        return {"question": words(3, 6), "answer": f"{words(2, 3)}\n#### {rng.randrange(2)},700"}
-    if name == "winogrande":
-        options = [words(3, 5) for _ in range(2)]
-        gold = rng.randrange(2)
-        return {"context_options": options, "continuation": words(2, 4), "gold": gold}
-    if name == "mmlu":
-        subject, gold = rng.choice(SUBJECTS), rng.randrange(4)
-        return {"subject": subject, "question": f" {words(3, 6)}", "choices": choices, "gold": gold}
-    choices = choices[: 2 if name == "piqa" else 4]
-    return {"query": words(3, 6), "choices": choices, "gold": rng.randrange(len(choices))}
-
-
-def write(path: Path, documents: Sequence[Document]) -> None:
-    path.write_text("".join(f"{json.dumps(each)}\n" for each in documents), encoding="utf-8")
-
-
-def read(path: Path) -> list[Document]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file a task, and examples for MMLU."""
-    path, rng = tmp_path_factory.mktemp("tasks"), random.Random(0)
-    for name, count in SCORED.items():
-        held_out = SHOTS[name] if name != "mmlu" else 0
-        write(path / f"{name}.jsonl", [made(name, rng) for _ in range(count + held_out)])
-    examples = [{**made("mmlu", rng), "subject": each} for each in SUBJECTS for _ in range(6)]
-    write(path / "mmlu_fewshot.jsonl", examples)
-    return path
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 class Contexts(Runner):
@@ -470,74 +404,6 @@ def test_the_hub_cannot_be_reached(
     assert "--task-dir" in caught.value.remedy
 
 
-# -- faults -----------------------------------------------------------------------------------
-
-
-def test_names_of_tasks() -> None:
-    assert task_names("paper") == list(PAPER)
-    assert task_names("rte, boolq,rte") == ["rte", "boolq"]
-    for text in ("bollq", "boolq,nothing", "", ",", "paper,boolq"):
-        with pytest.raises(DataError, match="no task") as caught:
-            task_names(text)
-        assert "winogrande" in caught.value.remedy
-
-
-BAD = {
-    "not JSON": ("{", "not JSON"),
-    "no object": ("[1]", "not a JSON object"),
-    "key": ({"query": "a", "choices": ["b", "c"]}, "lacks the key 'gold'"),
-    "text": ({"query": 1, "choices": ["b", "c"], "gold": 0}, "'query' is not a text"),
-    "one choice": ({"query": "a", "choices": ["b"], "gold": 0}, "'choices' is not a list of texts"),
-    "empty": ({"query": "a", "choices": ["b", ""], "gold": 0}, "none of them empty"),
-    "gold": ({"query": "a", "choices": ["b", "c"], "gold": True}, "'gold' is not a whole number"),
-    "range": ({"query": "a", "choices": ["b", "c"], "gold": 2}, "'gold' is 2: there are 2 choices"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_a_bad_line_is_named(case: str, tmp_path: Path) -> None:
-    line, reason = BAD[case]
-    good = json.dumps({"query": "a", "choices": ["b", "c"], "gold": 1, "more": {}})
-    bad = line if isinstance(line, str) else json.dumps(line)
-    path = tmp_path / "piqa.jsonl"
-    path.write_text(f"{good}\n\n{bad}\n", encoding="utf-8")
-    with pytest.raises(DataError) as caught:
-        check_tasks(["piqa"], tmp_path)
-    assert caught.value.message.startswith(f"{path}, line 3: ")
-    assert reason in caught.value.message
-    assert "'query' (a text), 'choices'" in caught.value.remedy
-
-
-def test_labels_that_do_not_fit_fixed_choices(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    write(tmp_path / "rte.jsonl", [{**made("rte", rng), "label": "2"}])
-    with pytest.raises(DataError, match="'label' is 2: there are 2 choices"):
-        read_rows(tmp_path / "rte.jsonl", definition("rte"))
-    write(tmp_path / "mmlu.jsonl", [{**made("mmlu", rng), "choices": ["a", "b", "c"]}])
-    with pytest.raises(DataError, match="'choices' has 3 texts, not 4"):
-        read_rows(tmp_path / "mmlu.jsonl", definition("mmlu"))
-
-
-def test_missing_files_and_examples(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"boolq\.jsonl, which task boolq needs") as caught:
-        check_tasks(["boolq"], tmp_path)
-    assert "'gold' (a whole number from 0)" in caught.value.remedy
-    shutil.copy(folder / "mmlu.jsonl", tmp_path)
-    with pytest.raises(DataError, match=r"mmlu_fewshot\.jsonl, which task mmlu needs"):
-        check_tasks(["mmlu"], tmp_path)
-    write(tmp_path / "mmlu_fewshot.jsonl", read(folder / "mmlu_fewshot.jsonl")[:10])
-    with pytest.raises(DataError, match="holds 4 documents for mmlu_anatomy; it takes 5"):
-        check_tasks(["mmlu"], tmp_path)
-    write(tmp_path / "gsm8k.jsonl", read(folder / "gsm8k.jsonl")[:5])
-    with pytest.raises(DataError, match=r"holds 5 documents; 5 are examples") as caught:
-        check_tasks(["gsm8k"], tmp_path)
-    assert "gsm8k_fewshot.jsonl" in caught.value.remedy
-    (tmp_path / "rte.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="no documents"):
-        check_tasks(["rte"], tmp_path)
-    check_tasks(PAPER, folder)
-
-
 def test_without_lm_eval(
     torch_runner: Runner, tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -565,193 +431,3 @@ def test_figures() -> None:
     other = {"tasks": {"a": {"right": "1110"}, "b": {"right": "01"}}}
     error = np.std([0, 0, -1, 0], ddof=1) / 2 / 2
     assert against(one, other) == {"value": -0.125, "stderr": pytest.approx(error)}
-
-
-# -- a run ------------------------------------------------------------------------------------
-
-TASKS = ["boolq", "winogrande", "piqa"]
-ORDERS = {"kl": [3, 2, 1], "greedy": [2, 3, 1], "cosine": [1, 2, 3]}
-
-
-@pytest.fixture
-def run(exported: Exported, tmp_path: Path) -> Run:
-    """The exported run, with orders of removal, to be written to."""
-    copy = Run(shutil.copytree(exported.run.path, tmp_path / "run"))
-    tuned = copy.report("tune", "")
-    copy.write_report("tune", {**tuned, "removal_orders": ORDERS})
-    return copy
-
-
-@pytest.fixture(scope="module")
-def plain_base(exported: Exported) -> BaseModel:
-    """The base model once more: the other one may have routers attached."""
-    from mskip.compressor.models import load_base
-
-    return load_base(exported.run.recipe().model)
-
-
-@pytest.mark.parametrize(
-    ("worth", "kept"),
-    [
-        ({"rule": "cosine"}, [0, 1, 1]),
-        ({"rule": "kl"}, [1, 1, 0]),
-        ({"skipped": "scores tie"}, [1, 0, 1]),
-        (None, [1, 0, 1]),
-    ],
-)
-def test_static_removal_is_the_best_that_tuning_knew(
-    run: Run, worth: dict[str, Any] | None, kept: list[int]
-) -> None:
-    """By the rule that tuning chose on its prompts; greedy, where it chose none."""
-    run.write_report("tune", {"removal_orders": ORDERS, **({"worth": worth} if worth else {})})
-    assert forced_decisions(run, 3, ["static"])["static"] == kept
-
-
-def test_methods_side_by_side(
-    run: Run, plain_base: BaseModel, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def score(**options: Any) -> dict[str, Any]:
-        return score_run(run, plain_base, **{"tasks": TASKS, "task_dir": folder, **options})
-
-    report = score()
-    assert report == json.loads((run.reports / "tasks.json").read_text())
-    dense, static, routed = report["rows"]
-    assert [row["method"] for row in report["rows"]] == ["dense", "static", "routed"]
-    assert [row["by"] for row in report["rows"]] == ["torch"] * 3
-    assert dense["capacity"] == 1.0
-    assert static["capacity"] == pytest.approx(2 / 3)  # half of three, rounded up
-    assert 0.0 < routed["capacity"] < 1.0
-    assert "against_dense" not in dense
-    for row in (static, routed):
-        assert row["against_dense"] == against(row, dense)
-        assert [task["right"] for task in row["tasks"].values()] != [
-            task["right"] for task in dense["tasks"].values()
-        ]
-    # Layer 2 goes first by the greedy order.
-    with TorchRunner(plain_base, *loaded(run, plain_base)) as runner:
-        expected = score_tasks(
-            runner,
-            plain_base.tokenizer,
-            TASKS,
-            routing=[1, 0, 1],
-            task_dir=folder,
-            max_length=512,
-        )
-    assert static["tasks"] == expected["tasks"]
-
-    onnx = score(engine="onnx", methods=["routed"])
-    assert [(row["by"], row["method"]) for row in onnx["rows"]] == [
-        ("onnx", "routed"),
-        *(("torch", method) for method in ("dense", "static", "routed")),
-    ]
-    assert onnx["rows"][0]["engine"].startswith("onnxruntime")
-    assert onnx["rows"][0]["tasks"] == routed["tasks"]
-    assert onnx["rows"][1:] == report["rows"]
-    assert "attached" not in str(plain_base.model.model.layers[1].self_attn.forward)
-
-    # Everything is answered by now, so no engine is asked.
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError("asked again")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Runner, "prefill", refuse)
-        again = score()
-    times = [row.pop("seconds") for row in [*again["rows"], *onnx["rows"]]]
-    assert len(times) == 8
-    assert again == onnx
-    # Other documents or other tasks are another subject.
-    assert len(score(limit=2, methods=["dense"])["rows"]) == 1
-    assert len(score(tasks=["boolq"], methods=["routed"])["rows"]) == 1
-
-
-def test_another_form_of_the_graph(run: Run, plain_base: BaseModel, folder: Path) -> None:
-    """The fused graph, whose contexts are read one by one, says what the portable one says."""
-    from mskip.exporters.onnx_export import export_run
-
-    form = Form("ort")
-    with pytest.raises(ArtifactError, match="--target ort"):
-        check_run(run, "onnx", ["routed"], form)
-    export_run(run, plain_base, form=form)
-    tasks = [*TASKS, "gsm8k"]
-    rows = [
-        score_run(
-            run, plain_base, engine="onnx", form=each, methods=["routed"], tasks=tasks,
-            task_dir=folder, limit=3,
-        )["rows"]
-        for each in (PORTABLE, form)
-    ]  # fmt: skip
-    portable, fused = rows[1]
-    assert [portable] == rows[0]
-    assert (portable["by"], fused["by"]) == ("onnx", "ort")
-    assert portable["tasks"] == fused["tasks"]
-
-
-def loaded(run: Run, base: BaseModel) -> tuple[Any, Any]:
-    from mskip.compressor.artifact import load_routers
-    from mskip.exporters.contract import read_contract
-
-    return load_routers(run, base), read_contract(run.onnx / "contract.json")
-
-
-def test_an_interrupted_run_keeps_finished_methods(
-    run: Run, plain_base: BaseModel, folder: Path
-) -> None:
-    def stop(stage: str, done: int, total: int, note: str = "") -> None:
-        if stage == "torch static: boolq" and done:
-            raise KeyboardInterrupt
-
-    arguments: dict[str, Any] = {"tasks": ["boolq"], "task_dir": folder}
-    with pytest.raises(KeyboardInterrupt):
-        score_run(run, plain_base, **arguments, progress=stop)
-    saved = json.loads((run.reports / "tasks.json").read_text())
-    assert [row["method"] for row in saved["rows"]] == ["dense"]
-    report = score_run(run, plain_base, **arguments, methods=["static", "routed"])
-    assert [row["method"] for row in report["rows"]] == ["dense", "static", "routed"]
-    assert report["rows"][0] == saved["rows"][0]
-
-
-def test_other_files_or_thresholds_start_anew(
-    run: Run, plain_base: BaseModel, folder: Path, tmp_path: Path
-) -> None:
-    files = tmp_path / "files"
-    files.mkdir()
-    documents = read(folder / "boolq.jsonl")
-
-    def methods(method: str) -> list[str]:
-        report = score_run(run, plain_base, methods=[method], tasks=["boolq"], task_dir=files)
-        return [row["method"] for row in report["rows"]]
-
-    write(files / "boolq.jsonl", documents)
-    assert methods("dense") == ["dense"]
-    assert methods("routed") == ["dense", "routed"]
-    write(files / "boolq.jsonl", documents[:4])
-    assert methods("routed") == ["routed"]
-    run.write_calibration({**run.calibration(), "tau": [0.0, 0.0, 0.0]})
-    assert methods("dense") == ["dense"]
-    report = score_run(run, plain_base, methods=["routed"], tasks=["boolq"], task_dir=files)
-    dense, routed = report["rows"]
-    assert routed["capacity"] == 1.0
-    assert routed["tasks"] == dense["tasks"]
-    assert routed["against_dense"] == {"value": 0.0, "stderr": 0.0}
-
-
-def test_what_a_run_lacks(run: Run) -> None:
-    check_run(run, "onnx", ["dense", "static", "routed"])
-    for engine, methods, message in (
-        ("tensorrt", ["dense"], "no engine 'tensorrt'"),
-        ("torch", ["dense", "drop"], "no method 'drop'"),
-    ):
-        with pytest.raises(MskipError, match=message):
-            check_run(run, engine, methods)
-    tuned = run.report("tune", "")
-    run.write_report("tune", {**tuned, "removal_orders": {}})
-    with pytest.raises(ArtifactError, match="orders of removal"):
-        check_run(run, "torch", ["static"])
-    check_run(run, "torch", ["dense", "routed"])
-    exported = run.report("export", "")
-    run.write_report("export", {**exported, "router_sha256": "other"})
-    with pytest.raises(ArtifactError, match="other routers"):
-        check_run(run, "onnx", ["routed"])
-    run.forget_reports("export")
-    with pytest.raises(ArtifactError, match="mskip export"):
-        check_run(run, "onnx", ["routed"])

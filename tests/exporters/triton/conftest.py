@@ -1,13 +1,14 @@
-"""A tiny run with a repository."""
+"""A tiny run with a repository, and a server of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from served import Served
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,3 +68,23 @@ def make_repository(calibrated: Calibrated, tmp_path: Path) -> Callable[..., Pat
         return place
 
     return make
+
+
+@pytest.fixture(scope="module")
+def served(calibrated: Calibrated, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A real server, which this installs on first use; one a file of tests."""
+    from mskip.exporters.opening import open_runner
+    from mskip.exporters.serving.texts import Texts
+    from mskip.exporters.triton.repository import Deployment, write_repository
+    from mskip.exporters.triton.server import free_ports, install_server, started
+
+    place = tmp_path_factory.mktemp("served")
+    deployment = Deployment(positions=256, sequences=6, threads=1, queue=40)
+    write_repository(
+        calibrated.run, calibrated.tokenizer, calibrated.dial, deployment, folder=place / "made"
+    )
+    folder = (place / "made").rename(place / "moved")  # it may lie anywhere
+    runner = open_runner(calibrated.run.path / "ort", threads=1)
+    ports = free_ports()
+    with started(install_server(), folder / "models", place / "log.txt", ports) as server:
+        yield Served(server, folder, runner, Texts(folder / "models/tokenizer/1"))
