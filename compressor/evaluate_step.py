@@ -75,12 +75,16 @@ def evaluate_run(
     def add_routed(method: str) -> Quality:
         passes = routed_passes(routers, tau)
         quality = reference.quality(passes)
-        add(method, quality, passes.capacity, [])
+        add(method, quality, passes.capacity, own_removed)
         if passes.answer_capacity is not None:
             rows[-1]["answer_capacity"] = passes.answer_capacity
         return quality
 
-    own = "routed" if tuned_by(run) == "routed" else "this run (static)"
+    own, own_removed = "routed", []
+    if tuned_by(run) == "static":
+        constant = torch.sigmoid(routers.folded()[1].cpu()) < tau
+        own = "this run (static)"
+        own_removed = [sublayers.layers[index] for index in constant.nonzero()[:, 0].tolist()]
     compensation = sublayers.compensation
     # Each order where it belongs: the greedy one taken with the maps in place, and the others.
     plain = [rule for rule in orders if rule != "compensated"]

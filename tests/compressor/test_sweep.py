@@ -115,6 +115,7 @@ def test_static_artefact_decides_alike_for_every_prompt(static: Run, tiny: BaseM
     own = rows["this run (static) + rank 4"]
     assert own["kl"] == pytest.approx(rows["static (given) + rank 4"]["kl"], rel=1e-5)
     assert rows["static (given)"]["layers_removed"] == [2]
+    assert own["layers_removed"] == [2]
     assert static.report("tune", "")["rule"] == "given"
 
 
