@@ -40,6 +40,7 @@ from mskip.compressor.tune_step import (
     Measured,
     Work,
     compensate,
+    least_harmful,
     measure,
     routed_sublayers,
     tune_routers,
@@ -92,11 +93,11 @@ def router_inputs_are(variant: str) -> Iterator[None]:
 
 
 def one(
-    recipe: Recipe, base: Any, samples: Samples, dense: Measured, folder: Path
+    recipe: Recipe, base: Any, layers: list[int], samples: Samples, dense: Measured, folder: Path
 ) -> dict[str, Any]:
     """Tune one variant and compare it with static removal."""
     started = time.monotonic()
-    sublayers = routed_sublayers(recipe, base)
+    sublayers = routed_sublayers(recipe, base, layers)
     measured, orders = dense, dict(dense.orders)
     closed = None
     if sublayers.compensation is not None:
@@ -115,6 +116,7 @@ def one(
         "calibrated": calibrated(base, routers, samples),
         "reached_before_calibration": details["targets"][0]["capacity"],
         "closed_form_static_kl": closed,
+        "layers": layers,
         **{key: worth.get(key) for key in (
             "routed_kl", "routed_capacity", "static_kl", "rule", "difference_interval", "skipped",
         )},
@@ -181,8 +183,11 @@ def main() -> None:
             recipe = load_recipe(
                 arguments.recipe, [*common, f"tuning.seed={seed}", *VARIANTS[name]]
             )
-            bare = routed_sublayers(first, base)
             if dense is None:
+                bare = routed_sublayers(first, base)
+                if first.routing.choose == "least_harmful":
+                    chosen = least_harmful(base, first, samples.tune[:16], lambda *_: None)
+                    bare = routed_sublayers(first, base, chosen)
                 removed = len(bare) - kept_count(first.routing.capacity, len(bare))
                 with patched(base.model, bare):
                     dense = measure(base, bare, samples.tune[:16], removed, lambda *_: None)
@@ -201,7 +206,7 @@ def main() -> None:
                 if name in SEEN:
                     with patched(base.model, bare):
                         own = replace(dense, inputs=baselines.router_inputs(dense.reference))
-                saved["results"][key] = one(recipe, base, samples, own, folder)
+                saved["results"][key] = one(recipe, base, bare.layers, samples, own, folder)
             saved.update(
                 machine=machine("PyTorch", None), versions=versions(), settings=common,
                 date=datetime.date.today().isoformat(),
