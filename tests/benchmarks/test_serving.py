@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def test_a_short_soak(
     tiny_folder: Path, tiny_routers: Callable[..., Routers], tmp_path: Path
 ) -> None:
-    import serving
+    import serving_soak
     from tiny_runs import tiny_run
 
     from mskip.compressor.dial import find_dial
@@ -25,7 +25,7 @@ def test_a_short_soak(
     base = load_base(run.recipe().model)
     export_run(run, base, form=Form("ort"))
     find_dial(run, base, steps=4)
-    report = serving.soak(run, 0.1, 1, tmp_path / "place")
+    report = serving_soak.soak(run, 0.1, 1, tmp_path / "place")
     assert report["wrong"] == 0, report["faults"]
     assert not report["crashed"]
     assert set(report["held_at_the_end"].values()) == {0.0}
