@@ -187,7 +187,7 @@ def main() -> None:
                 bare = routed_sublayers(first, base)
                 if first.routing.choose == "least_harmful":
                     chosen = least_harmful(base, first, samples.tune[:16], lambda *_: None)
-                    bare = routed_sublayers(first, base, chosen)
+                    bare = routed_sublayers(first, base, chosen.layers)
                 removed = len(bare) - kept_count(first.routing.capacity, len(bare))
                 with patched(base.model, bare):
                     dense = measure(base, bare, samples.tune[:16], removed, lambda *_: None)

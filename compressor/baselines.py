@@ -50,6 +50,15 @@ class Sensitivity:
         """Positions in the order of removal: highest similarity first."""
         return sorted(range(len(self.cosine)), key=lambda j: -self.cosine[j])
 
+    def least(self, count: int) -> Sensitivity:
+        """The ``count`` sublayers with the lowest KL, in the order of their layers."""
+        kept = sorted(self.order_by_kl()[:count])
+        return Sensitivity(
+            [self.layers[j] for j in kept],
+            [self.kl[j] for j in kept],
+            [self.cosine[j] for j in kept],
+        )
+
 
 def kept_of(order: list[int], count: int) -> list[int]:
     """The ``count`` positions that an order of removal reaches last, ascending."""

@@ -118,7 +118,12 @@ class Measured:
 
 
 def measure(
-    base: BaseModel, sublayers: Sublayers, samples: list[Sample], removed: int, progress: Progress
+    base: BaseModel,
+    sublayers: Sublayers,
+    samples: list[Sample],
+    removed: int,
+    progress: Progress,
+    sensitivity: Sensitivity | None = None,
 ) -> Measured:
     """Measure the routed sublayers; the model must be patched with them.
 
@@ -128,17 +133,19 @@ def measure(
         samples: a few tuning samples.
         removed: how many sublayers the greedy rule takes out.
         progress: shows every stage.
+        sensitivity: what skipping each alone costs on these samples, where that is known.
     """
     reference = Reference(base, sublayers.layers[0], samples, progress=progress)
-    sensitivity = measure_sensitivity(reference, sublayers, progress)
+    if sensitivity is None:
+        sensitivity = measure_sensitivity(reference, sublayers, progress)
     greedy = greedy_removal(reference, sensitivity, removed, progress)
     return Measured(sensitivity, greedy, router_inputs(reference, sublayers.unit), reference)
 
 
 def least_harmful(
     base: BaseModel, recipe: Recipe, samples: list[Sample], progress: Progress
-) -> list[int]:
-    """The layers whose sublayer, skipped alone, moves the model least, ascending.
+) -> Sensitivity:
+    """What skipping each sublayer alone costs, of those that cost least.
 
     Args:
         base: the base model, not patched.
@@ -151,8 +158,7 @@ def least_harmful(
     candidates = Sublayers(every, routing.granularity)
     with patched(base.model, candidates):
         reference = Reference(base, every[0], samples, progress=progress)
-        order = measure_sensitivity(reference, candidates, progress).order_by_kl()
-    return sorted(every[index] for index in order[: routing.last])
+        return measure_sensitivity(reference, candidates, progress).least(routing.last)
 
 
 def tune_run(
@@ -208,15 +214,16 @@ def _tune_run(
     run.remember()
     samples = run_samples(run, recipe, base, progress)
     some = samples.tune[: recipe.router.sensitivity_prompts]
+    chosen: Sensitivity | None = None
     if chooses:
-        layers = least_harmful(base, recipe, some, progress)
-        bare = replace(bare, layers=layers)
-        sublayers = routed_sublayers(recipe, base, layers)
-        _check_removed(recipe, layers)
+        chosen = least_harmful(base, recipe, some, progress)
+        bare = replace(bare, layers=chosen.layers)
+        sublayers = routed_sublayers(recipe, base, chosen.layers)
+        _check_removed(recipe, chosen.layers)
     routed, target = len(sublayers), recipe.routing.capacity
     lowest = min([target, *recipe.tuning.check_targets])
     with patched(base.model, bare):
-        dense = measure(base, bare, some, routed - kept_count(lowest, routed), progress)
+        dense = measure(base, bare, some, routed - kept_count(lowest, routed), progress, chosen)
     measured, orders = dense, dict(dense.orders)
     if sublayers.compensation is not None:
         asked = _asked_order(recipe, sublayers.layers, orders)

@@ -14,11 +14,14 @@ import pytest
 import torch
 
 from mskip.compressor.artifact import Run, load_routers, open_run, save_routers
+from mskip.compressor.baselines import measure_sensitivity
 from mskip.compressor.calibrate_step import calibrate_run
 from mskip.compressor.errors import ArtifactError, RecipeError
 from mskip.compressor.evaluate_step import evaluate_run
+from mskip.compressor.evaluation import Reference
 from mskip.compressor.goals import Goal
 from mskip.compressor.models import BaseModel, load_base
+from mskip.compressor.patching import patched
 from mskip.compressor.recipe import (
     DataSpec,
     EvaluationSpec,
@@ -236,6 +239,24 @@ def test_routed_layers(tiny: BaseModel, recipe: Recipe) -> None:
     other = recipe.model_copy(update={"routing": RoutingSpec(last=16)})
     with pytest.raises(RecipeError, match=r"routing\.last = 16"):
         routed_sublayers(other, tiny)
+
+
+def test_the_least_harmful_layers_are_routed(
+    tiny: BaseModel, recipe: Recipe, tmp_path: Path
+) -> None:
+    """Of all four; what each costs alone is what it costs with no other routed beside it."""
+    routing = RoutingSpec(last=2, exclude_last=0, choose="least_harmful")
+    run = Run(tmp_path / "run")
+    report = tune_run(run, recipe.model_copy(update={"routing": routing}), tiny)
+    samples = run_samples(run, run.recipe(), tiny).tune[:8]
+    alone = {}
+    for layer in range(4):
+        with patched(tiny.model, [layer]):
+            reference = Reference(tiny, layer, samples)
+            alone[layer] = measure_sensitivity(reference, [layer]).kl[0]
+    chosen = sorted(sorted(alone, key=lambda layer: alone[layer])[:2])
+    assert report["sensitivity"]["layers"] == chosen == load_routers(run, tiny).layers
+    assert report["sensitivity"]["kl"] == pytest.approx([alone[each] for each in chosen], rel=1e-4)
 
 
 # -- calibrate --------------------------------------------------------------------------------
