@@ -39,8 +39,8 @@ from mskip.compressor.samples import Samples, read_samples
 from mskip.compressor.tune_step import (
     Measured,
     Work,
+    bare_sublayers,
     compensate,
-    least_harmful,
     measure,
     routed_sublayers,
     tune_routers,
@@ -184,13 +184,10 @@ def main() -> None:
                 arguments.recipe, [*common, f"tuning.seed={seed}", *VARIANTS[name]]
             )
             if dense is None:
-                bare = routed_sublayers(first, base)
-                if first.routing.choose == "least_harmful":
-                    chosen = least_harmful(base, first, samples.tune[:16], lambda *_: None)
-                    bare = routed_sublayers(first, base, chosen.layers)
+                bare, alone = bare_sublayers(base, first, samples.tune[:16], lambda *_: None)
                 removed = len(bare) - kept_count(first.routing.capacity, len(bare))
                 with patched(base.model, bare):
-                    dense = measure(base, bare, samples.tune[:16], removed, lambda *_: None)
+                    dense = measure(base, bare, samples.tune[:16], removed, lambda *_: None, alone)
                     reference = Reference(base, bare.layers[0], samples.held_out)
                     saved["results"][f"static/{seed}"] = {
                         rule: reference.quality(

@@ -32,7 +32,7 @@ from mskip.compressor.patching import patched
 from mskip.compressor.recipe import load_recipe
 from mskip.compressor.routing import ForcedPass
 from mskip.compressor.samples import read_samples
-from mskip.compressor.tune_step import routed_sublayers
+from mskip.compressor.tune_step import bare_sublayers
 from mskip.exporters.speed import machine
 
 
@@ -137,14 +137,16 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64, help="tuning, and as many held out")
     parser.add_argument("--masks", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     arguments = parser.parse_args()
     recipe = load_recipe(
-        arguments.recipe, [f"data.source={arguments.data}", "tuning.max_length=192"]
+        arguments.recipe,
+        [f"data.source={arguments.data}", "tuning.max_length=192", *arguments.overrides],
     )
     base = load_base(recipe.model)
     samples = read_samples(recipe.data.source, recipe, base, 2 * arguments.prompts)
     tune, _, held = split_samples(samples, 0, arguments.prompts, arguments.seed)
-    sublayers = routed_sublayers(recipe, base)
+    sublayers, _ = bare_sublayers(base, recipe, tune[:16], lambda *_: None)
     routed, capacity = len(sublayers), recipe.routing.capacity
     with patched(base.model, sublayers):
         some = Reference(base, sublayers.layers[0], tune[:16])

@@ -1,6 +1,6 @@
 """How near does calibration come to a wanted capacity, on prompts that it has not seen?
 
-    python benchmarks/targets.py --data alpaca.json --checkpoints results/ablation.checkpoints \
+    python benchmarks/targets.py --data alpaca.json --ablation results/ablation.json \
         --output results/targets.json
 
 Takes the routers that `benchmarks/ablation.py` has left in its checkpoints, finds tau for each
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def main() -> None:
     )
     parser.add_argument("--recipe", default="smollm2-135m")
     parser.add_argument("--data", required=True, help="the same as the ablation's")
-    parser.add_argument("--checkpoints", type=Path, required=True)
+    parser.add_argument("--ablation", type=Path, required=True, help="its JSON; checkpoints beside")
     parser.add_argument("--variants", nargs="*", default=["default", "rank 64, refined"])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--sizes", type=int, nargs="*", default=[64, 128, 512])
@@ -74,17 +75,17 @@ def main() -> None:
         arguments.recipe, [f"data.source={arguments.data}", "tuning.max_length=224"]
     )
     base = load_base(recipe.model)
-    layers = recipe.routing.routed_layers(base.model.config.num_hidden_layers)
+    ablation = json.loads(arguments.ablation.read_text())["results"]
     most = max(arguments.sizes)
     unseen = read_samples(recipe.data.source, recipe, base, arguments.skip + 2 * most)
     unseen = unseen[arguments.skip :]
     rows: list[dict[str, Any]] = []
     for name in arguments.variants:
         for seed in arguments.seeds:
-            folder = arguments.checkpoints / f"{name}-{seed}"
+            folder = arguments.ablation.with_suffix(".checkpoints") / f"{name}-{seed}"
             if not folder.is_dir():
                 continue
-            routers = routers_of(newest(folder), layers)
+            routers = routers_of(newest(folder), ablation[f"{name}/{seed}"]["layers"])
             with patched(base.model, routers.sublayers):
                 for size in arguments.sizes:
                     found = measured(base, routers, unseen[:size], unseen[most : most + size])

@@ -28,6 +28,7 @@ def plan_of(run: Run, recipe: Recipe) -> dict[str, Any]:
     layers = None
     if config is not None:
         layers = recipe.routing.routed_layers(config["num_hidden_layers"])
+        layers = None if recipe.routing.measures else layers
     return {
         "run": str(run.path),
         "recipe": recipe.model_dump(),
@@ -44,13 +45,14 @@ def show_plan(plan: dict[str, Any]) -> None:
 
     recipe = Recipe.model_validate(plan["recipe"])
     layers, count = plan["routed_layers"], plan["conversations"]
+    which = "least harmful" if recipe.routing.measures else "last"
     lines = [
         f"would write {plan['run']}/",
         f"base model {recipe.model.name}: "
         + (plan["architecture"] or "architecture not checked, it is not on this machine yet"),
         f"routed layers {', '.join(map(str, layers))} ({len(layers)})"
         if layers
-        else f"routed layers: {recipe.routing.layers or f'the last {recipe.routing.last}'}",
+        else f"routed layers: {recipe.routing.layers or f'the {which} {recipe.routing.last}'}",
         f"data {recipe.data.source}: "
         + ("not read, it is not on this machine" if count is None else f"{count} conversations"),
         *(f"tune to capacity {console.capacity_words(target)}" for target in plan["targets"]),

@@ -63,7 +63,7 @@ def tuning_memory(
     inner = heads * int(config.get("head_dim") or hidden // heads)
     element = _BYTES[recipe.model.dtype]
     length, batch = recipe.tuning.max_length, recipe.tuning.batch_size
-    first = recipe.routing.routed_layers(layers)[0]
+    first = recipe.routing.candidates(layers)[0]
     layer = 8 * hidden + element * (4 * inner + length + 3 * int(config["intermediate_size"]))
     upper = layers - first
     kept = upper * layer

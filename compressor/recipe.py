@@ -132,9 +132,16 @@ class RoutingSpec(_Spec):
             raise ValueError("Input should have no repeats")
         return layers
 
+    @property
+    def measures(self) -> bool:
+        """Whether the routed layers are known only after measuring the model."""
+        return self.layers is None and self.choose == "least_harmful"
+
     def candidates(self, num_layers: int) -> list[int]:
-        """Layers that ``choose: least_harmful`` chooses from: all but ``exclude_last``."""
-        return list(range(max(0, num_layers - self.exclude_last)))
+        """Layers that may be routed: with ``choose: least_harmful`` all but ``exclude_last``."""
+        if self.measures:
+            return list(range(max(0, num_layers - self.exclude_last)))
+        return self.routed_layers(num_layers)
 
     def routed_layers(self, num_layers: int) -> list[int]:
         """Ascending indices of the routed layers in a model of ``num_layers`` decoder layers.

@@ -142,23 +142,30 @@ def measure(
     return Measured(sensitivity, greedy, router_inputs(reference, sublayers.unit), reference)
 
 
-def least_harmful(
+def bare_sublayers(
     base: BaseModel, recipe: Recipe, samples: list[Sample], progress: Progress
-) -> Sensitivity:
-    """What skipping each sublayer alone costs, of those that cost least.
+) -> tuple[Sublayers, Sensitivity | None]:
+    """What a recipe routes, with nothing in its place, measured where the recipe asks for that.
 
     Args:
         base: the base model, not patched.
         recipe: its routing section says how many, and which layers are left out.
         samples: a few tuning samples.
         progress: one unit a candidate.
+
+    Returns:
+        The sublayers, and what skipping each alone costs where that had to be measured.
     """
+    bare = routed_sublayers(recipe.model_copy(update={"compensation": CompensationSpec()}), base)
     routing = recipe.routing
+    if not routing.measures:
+        return bare, None
     every = routing.candidates(base.model.config.get_text_config().num_hidden_layers)
     candidates = Sublayers(every, routing.granularity)
     with patched(base.model, candidates):
         reference = Reference(base, every[0], samples, progress=progress)
-        return measure_sensitivity(reference, candidates, progress).least(routing.last)
+        least = measure_sensitivity(reference, candidates, progress).least(routing.last)
+    return replace(bare, layers=least.layers), least
 
 
 def tune_run(
@@ -198,11 +205,9 @@ def _tune_run(
     run: Run, recipe: Recipe, base: BaseModel, train: Tune, *, resume: bool, progress: Progress
 ) -> dict[str, Any]:
     started = time.monotonic()
-    bare = routed_sublayers(recipe.model_copy(update={"compensation": CompensationSpec()}), base)
-    sublayers = routed_sublayers(recipe, base)
-    chooses = recipe.routing.layers is None and recipe.routing.choose == "least_harmful"
-    if not chooses:
-        _check_removed(recipe, sublayers.layers)
+    routed_sublayers(recipe, base)  # refused before anything is written
+    config = base.model.config.get_text_config()
+    _check_removed(recipe, recipe.routing.candidates(config.num_hidden_layers))
     if resume and (run.path / "recipe.yaml").is_file() and run.recipe() != recipe:
         raise RecipeError(
             f"the recipe differs from the one that {run.path} was started with.",
@@ -214,16 +219,13 @@ def _tune_run(
     run.remember()
     samples = run_samples(run, recipe, base, progress)
     some = samples.tune[: recipe.router.sensitivity_prompts]
-    chosen: Sensitivity | None = None
-    if chooses:
-        chosen = least_harmful(base, recipe, some, progress)
-        bare = replace(bare, layers=chosen.layers)
-        sublayers = routed_sublayers(recipe, base, chosen.layers)
-        _check_removed(recipe, chosen.layers)
+    bare, alone = bare_sublayers(base, recipe, some, progress)
+    sublayers = routed_sublayers(recipe, base, bare.layers)
+    _check_removed(recipe, bare.layers)
     routed, target = len(sublayers), recipe.routing.capacity
     lowest = min([target, *recipe.tuning.check_targets])
     with patched(base.model, bare):
-        dense = measure(base, bare, some, routed - kept_count(lowest, routed), progress, chosen)
+        dense = measure(base, bare, some, routed - kept_count(lowest, routed), progress, alone)
     measured, orders = dense, dict(dense.orders)
     if sublayers.compensation is not None:
         asked = _asked_order(recipe, sublayers.layers, orders)

@@ -69,7 +69,9 @@ def test_dry_run_writes_nothing(mskip, tiny_folder):
     arguments = ["tune", "--dry-run", "--model", tiny_folder, "--set", "routing.last=2"]
     result = mskip(*arguments)
     assert result.exit_code == 0
-    assert "# routed layers 1, 2 (2)" in result.stdout
+    assert "# routed layers: the least harmful 2" in result.stdout
+    last = mskip(*arguments, "--set", "routing.choose=last")
+    assert "# routed layers 1, 2 (2)" in last.stdout
     assert "# data embedded:prompts: " in result.stdout
     Path("again.yaml").write_text(result.stdout)  # what it prints is a recipe
     Path("again.yaml").rename("again.yaml")
