@@ -33,18 +33,17 @@ from mskip.compressor.evaluation import Reference
 from mskip.compressor.files import write_json
 from mskip.compressor.models import load_base
 from mskip.compressor.patching import patched
-from mskip.compressor.recipe import Recipe, load_recipe
-from mskip.compressor.router import Routers, prompt_mean
-from mskip.compressor.samples import Samples, read_samples
-from mskip.compressor.tune_step import (
+from mskip.compressor.preparing import (
     Measured,
-    Work,
     bare_sublayers,
     compensate,
     measure,
     routed_sublayers,
-    tune_routers,
 )
+from mskip.compressor.recipe import Recipe, load_recipe
+from mskip.compressor.router import Routers, prompt_mean
+from mskip.compressor.samples import Samples, read_samples
+from mskip.compressor.tune_step import Work, tune_routers
 from mskip.exporters.speed import machine
 
 TARGETS = (0.25, 0.5, 0.75)

@@ -29,10 +29,10 @@ from mskip.compressor.evaluation import Reference
 from mskip.compressor.files import write_json
 from mskip.compressor.models import load_base
 from mskip.compressor.patching import patched
+from mskip.compressor.preparing import bare_sublayers
 from mskip.compressor.recipe import load_recipe
 from mskip.compressor.routing import ForcedPass
 from mskip.compressor.samples import read_samples
-from mskip.compressor.tune_step import bare_sublayers
 from mskip.exporters.speed import machine
 
 

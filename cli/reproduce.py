@@ -142,7 +142,6 @@ AVERAGES = "average", "against dense"
 def _report(grid: Grid, folder: Path, tasks: bool) -> dict[str, Any]:
     """The table's figures, from the reports of its runs."""
     from mskip.compressor.artifact import Run
-    from mskip.exporters.task_scores import against
 
     rows: list[dict[str, Any]] = []
     dense_scores: dict[str, Any] | None = None
@@ -159,17 +158,23 @@ def _report(grid: Grid, folder: Path, tasks: bool) -> dict[str, Any]:
         if bench.is_file():
             timed = run.report("bench", "")["rows"]
             speedup = next(each["speedup"] for each in timed if each["phase"] == "prefill")
-        made = _row(row.name, ours, scores.get("routed"), speedup)
-        if dense_scores is not None and "routed" in scores:
-            made["against_dense"] = against(scores["routed"], dense_scores)
-        rows.append(made)
+        rows.append(_row(row.name, ours, scores.get("routed"), speedup, dense_scores))
     return {"table": grid.name, "title": grid.title, "tasks": grid.tasks, "rows": rows}
 
 
 def _row(
-    name: str, quality: dict[str, Any], scores: dict[str, Any] | None, speedup: float | None
+    name: str,
+    quality: dict[str, Any],
+    scores: dict[str, Any] | None,
+    speedup: float | None,
+    dense: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     figures = ("value", "stderr", "documents")
+    difference = None
+    if scores is not None and dense is not None:
+        from mskip.exporters.task_scores import against
+
+        difference = against(scores, dense)
     return {
         "name": name,
         "capacity": quality["capacity"],
@@ -182,7 +187,7 @@ def _row(
             task: {key: found[key] for key in figures} for task, found in scores["tasks"].items()
         },
         "average": None if scores is None else scores["average"],
-        "against_dense": None,
+        "against_dense": difference,
     }
 
 

@@ -12,9 +12,9 @@ import torch
 
 from mskip.compressor.compensation import Compensation
 from mskip.compressor.models import EMBEDDED, BaseModel, load_base
+from mskip.compressor.preparing import routed_sublayers
 from mskip.compressor.recipe import ModelSpec, load_recipe
 from mskip.compressor.router import Routers
-from mskip.compressor.tune_step import routed_sublayers
 from mskip.exporters.onnx_export import contract_of, export_onnx
 from mskip.exporters.targets import Form
 

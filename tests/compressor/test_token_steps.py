@@ -27,6 +27,7 @@ from mskip.compressor.goals import Goal
 from mskip.compressor.loss import RouterObjective
 from mskip.compressor.models import BaseModel, load_base
 from mskip.compressor.patching import patched
+from mskip.compressor.preparing import routed_sublayers
 from mskip.compressor.recipe import Recipe, TuningSpec
 from mskip.compressor.router import Routers
 from mskip.compressor.samples import Samples, batches_of, run_samples
@@ -35,7 +36,7 @@ from mskip.compressor.sublayers import Sublayers
 from mskip.compressor.sweep_step import sweep_run
 from mskip.compressor.token_calibration import executed_share, find_token_tau, token_scores
 from mskip.compressor.token_skipping import TokenSkip
-from mskip.compressor.tune_step import routed_sublayers, tune_run
+from mskip.compressor.tune_step import tune_run
 from mskip.compressor.tuning import tune
 from mskip.compressor.worth import is_dynamic_worth_it
 

@@ -22,6 +22,7 @@ from mskip.compressor.evaluation import Reference
 from mskip.compressor.goals import Goal
 from mskip.compressor.models import BaseModel, load_base
 from mskip.compressor.patching import patched
+from mskip.compressor.preparing import routed_sublayers
 from mskip.compressor.recipe import (
     DataSpec,
     EvaluationSpec,
@@ -34,7 +35,7 @@ from mskip.compressor.recipe import (
 from mskip.compressor.router import Routers
 from mskip.compressor.samples import run_samples
 from mskip.compressor.skipping import MindSkip
-from mskip.compressor.tune_step import routed_sublayers, tune_run
+from mskip.compressor.tune_step import tune_run
 from mskip.compressor.tuning import Interrupted
 
 
