@@ -10,7 +10,7 @@ again. Each is dearer than the one before, and as a rule better.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -50,9 +50,10 @@ class Sensitivity:
         """Positions in the order of removal: highest similarity first."""
         return sorted(range(len(self.cosine)), key=lambda j: -self.cosine[j])
 
-    def least(self, count: int) -> Sensitivity:
-        """The ``count`` sublayers with the lowest KL, in the order of their layers."""
-        kept = sorted(self.order_by_kl()[:count])
+    def least(self, count: int, always: Collection[int] = ()) -> Sensitivity:
+        """``count`` sublayers in the order of their layers: ``always``, then those of lowest KL."""
+        order = sorted(self.order_by_kl(), key=lambda j: self.layers[j] not in always)
+        kept = sorted(order[: max(count, len(always))])
         return Sensitivity(
             [self.layers[j] for j in kept],
             [self.kl[j] for j in kept],

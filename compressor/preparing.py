@@ -82,7 +82,9 @@ def bare_sublayers(
     candidates = Sublayers(every, routing.granularity)
     with patched(base.model, candidates):
         reference = Reference(base, every[0], samples, progress=progress)
-        least = measure_sensitivity(reference, candidates, progress).least(routing.last)
+        # What a static recipe removes by name has to be among the routed.
+        named = recipe.static.removed or []
+        least = measure_sensitivity(reference, candidates, progress).least(routing.last, named)
     return replace(bare, layers=least.layers), least
 
 

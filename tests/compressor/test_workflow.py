@@ -30,6 +30,7 @@ from mskip.compressor.recipe import (
     Recipe,
     RouterSpec,
     RoutingSpec,
+    StaticSpec,
     TuningSpec,
 )
 from mskip.compressor.router import Routers
@@ -258,6 +259,14 @@ def test_the_least_harmful_layers_are_routed(
     chosen = sorted(sorted(alone, key=lambda layer: alone[layer])[:2])
     assert report["sensitivity"]["layers"] == chosen == load_routers(run, tiny).layers
     assert report["sensitivity"]["kl"] == pytest.approx([alone[each] for each in chosen], rel=1e-4)
+
+    # What a static recipe removes by name is routed whatever it costs.
+    worst = max(alone, key=lambda layer: alone[layer])
+    static = {"method": "static", "static": StaticSpec(removed=[worst])}
+    tune_run(run, recipe.model_copy(update={"routing": routing, **static}), tiny)
+    assert load_routers(run, tiny).layers == sorted(
+        {worst, min(alone, key=lambda each: alone[each])}
+    )
 
 
 # -- calibrate --------------------------------------------------------------------------------
