@@ -53,7 +53,7 @@ def read_samples(
         recipe: its data and tuning sections.
         base: the dense model.
         limit: most conversations to read; None reads all.
-        progress: shows the answers being written.
+        progress: shows the answers being written, and how many conversations are left out.
 
     Raises:
         DataError: unreadable, or nothing usable left.
@@ -81,6 +81,9 @@ def read_samples(
             f"longer than {recipe.tuning.max_length} tokens or has no answer.",
             "Give shorter prompts, or raise tuning.max_length (in mskip calibrate --max-length).",
         )
+    if left_out := len(conversations) - len(usable):
+        note = f"{left_out} left out: longer than {recipe.tuning.max_length} tokens, or no answer"
+        progress("read prompts", len(conversations), len(conversations), note)
     return usable
 
 

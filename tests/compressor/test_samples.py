@@ -246,6 +246,22 @@ def test_nothing_usable(tiny: BaseModel, tiny_folder: Path, source: Path) -> Non
         read_samples(str(source), recipe, tiny, None)
 
 
+def test_what_is_left_out_is_said(tiny: BaseModel, tiny_folder: Path, source: Path) -> None:
+    recipe = make_recipe(tiny_folder, source)
+    told: list[tuple[str, str]] = []
+
+    def progress(stage: str, done: int, total: int, note: str = "") -> None:
+        told.append((stage, note))
+
+    whole = read_samples(str(source), recipe, tiny, None, progress)
+    assert not [stage for stage, _ in told if stage == "read prompts"]
+    with source.open("a") as file:
+        file.write(json.dumps({"prompt": "one " * 2000}) + "\n")
+    assert read_samples(str(source), recipe, tiny, None, progress) == whole
+    (note,) = [note for stage, note in told if stage == "read prompts"]
+    assert note == "1 left out: longer than 512 tokens, or no answer"
+
+
 def test_other_prompts_are_halved_at_most(
     tiny: BaseModel, tiny_folder: Path, source: Path, tmp_path: Path, generations: list[int]
 ) -> None:
