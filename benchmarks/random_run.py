@@ -56,7 +56,7 @@ def write_run(folder: Path, layers: int) -> None:
 
     routed = list(range(layers // 2 - 1, layers - 1))
     settings = [
-        f"model.name={folder.resolve() / 'model'}", "compensation.rank=0",
+        f"model.name={folder.resolve() / 'model'}", "compensation.rank=0", "routing.choose=last",
         f"routing.last={len(routed)}", f"bench.threads={torch.get_num_threads()}",
     ]  # fmt: skip
     recipe, run = load_recipe("smollm2-135m", settings), Run(folder)

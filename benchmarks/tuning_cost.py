@@ -244,15 +244,38 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         options.model, prepared["layers"], samples, options.batch_size, steps,
         options.seed, options.threads,
     )  # fmt: skip
-    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in options.contenders}
+    kept = _kept(options)
+    rounds = _kept_rounds(kept, options, job)
     order = list(options.contenders)
     for repeat in range(options.repeats):
         for name in order:
+            if len(rounds[name]) > repeat:
+                continue
             print(f"round {repeat + 1} of {options.repeats}: {name}", file=sys.stderr, flush=True)
             rounds[name].append(_in_process(name, asdict(job)))
+            if kept is not None:
+                write_json(kept, {"job": asdict(job), "rounds": rounds})
         # Another one goes first each round: nobody always runs after the slowest.
         order = order[1:] + order[:1]
     return report_of(options, job, shape, rounds)
+
+
+def _kept(options: argparse.Namespace) -> Path | None:
+    """Where the rounds lie until there is a report."""
+    return None if options.output is None else options.output.with_suffix(".rounds.json")
+
+
+def _kept_rounds(
+    kept: Path | None, options: argparse.Namespace, job: Job
+) -> dict[str, list[dict[str, Any]]]:
+    """What a measurement of the same job that was cut short has left, by contender."""
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in options.contenders}
+    if kept is None or not kept.is_file():
+        return rounds
+    found = read_json(kept, "kept rounds")
+    if found["job"] == json.loads(json.dumps(asdict(job))):
+        rounds |= {name: found["rounds"].get(name, []) for name in rounds}
+    return rounds
 
 
 def report_of(
@@ -405,6 +428,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(report))
     if options.output is not None:
         write_json(options.output, report)
+        options.output.with_suffix(".rounds.json").unlink(missing_ok=True)
     same = report["same_loss"]
     return 3 if same and not same["agree"] else 0
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -317,6 +317,37 @@ def test_script_runs_every_contender_in_a_process_of_its_own(
         (result,) = report["rounds"][name]
         assert len(result["seconds"]) == 6
         assert 0 < result["libraries_bytes"] < result["peak_bytes"]
+
+
+def test_a_measurement_that_was_cut_short_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Any]
+) -> None:
+    prepared = {
+        "layers": [1, 2],
+        "samples": [([1, 2, 3], 2)] * 2,
+        "shape": asdict(shape_of(tiny_model())),
+    }
+    trained: list[str] = []
+
+    def process(name: str, _: Any) -> dict[str, Any]:
+        if name == "prepare":
+            return prepared
+        if len(trained) == 3 and not (tmp_path / "cut").exists():
+            (tmp_path / "cut").touch()
+            raise KeyboardInterrupt
+        trained.append(name)
+        sizes = {"peak_bytes": 3, "libraries_bytes": 1, "loaded_bytes": 2}
+        return {"seconds": [1.0, 2.0], "losses": [0.5, 0.5], **sizes}
+
+    monkeypatch.setattr(tuning_cost, "_in_process", process)
+    output = tmp_path / "report.json"
+    options = ["--contenders", "ours", "plain-kl", "--repeats", "2", "--steps", "2"]
+    with pytest.raises(KeyboardInterrupt):
+        tuning_cost.main([*options, "--output", str(output)])
+    assert not output.exists()
+    assert tuning_cost.main([*options, "--output", str(output)]) == 0
+    assert trained == ["ours", "plain-kl", "plain-kl", "ours"]
+    assert [path.name for path in tmp_path.glob("*.json")] == ["report.json"]
 
 
 def test_a_fault_of_the_user_is_told_without_a_traceback(
