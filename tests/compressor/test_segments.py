@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from architectures import unsupported
+from by_hand import everything
 from transformers import LlamaForCausalLM
 
 from mskip.compressor.encoding import Batch
@@ -102,17 +103,6 @@ def test_stem_runs_nothing_above_and_has_no_gradient(
     for hook in hooks:
         hook.remove()
     assert not stem.hidden.requires_grad
-
-
-def everything(model: LlamaForCausalLM) -> dict[str, dict[str, Any]]:
-    """The `__dict__` of every module, its containers copied."""
-    return {
-        name: {
-            key: dict(value) if isinstance(value, dict) else value
-            for key, value in module.__dict__.items()
-        }
-        for name, module in model.named_modules()
-    }
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "forward patched before"])

@@ -55,9 +55,8 @@ def prompt_of(batch: Batch, row: int) -> Tensor:
 
 
 @contextmanager
-def removed(model: LlamaForCausalLM, layers: list[int]) -> Iterator[None]:
-    """The attention of ``layers`` adds nothing, by hand."""
-    weights = [model.model.layers[layer].self_attn.o_proj.weight for layer in layers]
+def zeroed(weights: list[Tensor]) -> Iterator[None]:
+    """These weights are zero for a while."""
     saved = [weight.clone() for weight in weights]
     for weight in weights:
         weight.zero_()
@@ -66,6 +65,14 @@ def removed(model: LlamaForCausalLM, layers: list[int]) -> Iterator[None]:
     finally:
         for weight, kept in zip(weights, saved, strict=True):
             weight.copy_(kept)
+
+
+@contextmanager
+def removed(model: LlamaForCausalLM, layers: list[int]) -> Iterator[None]:
+    """The attention of ``layers`` adds nothing, by hand."""
+    weights = [model.model.layers[layer].self_attn.o_proj.weight for layer in layers]
+    with zeroed(weights):
+        yield
 
 
 def by_hand(skip: MindSkip, ids: Tensor, decisions: Tensor) -> Tensor:

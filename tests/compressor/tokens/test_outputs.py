@@ -8,7 +8,17 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from by_hand import CLOSE, LAYERS, LENGTHS, MakeModel, MakeRouters, Prompts, everything, inputs
+from by_hand import (
+    CLOSE,
+    LAYERS,
+    LENGTHS,
+    MakeModel,
+    MakeRouters,
+    Prompts,
+    everything,
+    inputs,
+    zeroed,
+)
 from token_oracle import Oracle, close, prompt_of, routers_for
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -100,14 +110,8 @@ def removed(model: LlamaForCausalLM, granularity: Granularity) -> Iterator[None]
         )
         if granularity in (kind, "block")
     ]
-    saved = [weight.clone() for weight in weights]
-    for weight in weights:
-        weight.zero_()
-    try:
+    with zeroed(weights):
         yield
-    finally:
-        for weight, kept in zip(weights, saved, strict=True):
-            weight.copy_(kept)
 
 
 def test_all_scores_above_tau_is_the_dense_model(
