@@ -208,6 +208,9 @@ class TuningSpec(_Spec):
     constraint_gain: NonNeg = _key(6.0, "Price per unit of excess, in first prices; >= 0.")
     constraint_integral: NonNeg = _key(0.4, "The same for the excess summed by step; >= 0.")
     hinge_weight: NonNeg = _key(1.0, "Weight of max(0, capacity - target); >= 0.")
+    capacity_warmup: Share = _key(
+        0.0, "Share of the steps in which the target falls from 1 to the capacity, 0..1."
+    )
     epochs: Positive = _key(3.0, "Passes over the tuning data; > 0.")
     max_steps: int = _key(-1, "Optimiser steps; above 0 it replaces epochs; >= -1.", ge=-1)
     batch_size: Count = _key(8, "Sequences per forward pass; >= 1.")

@@ -66,6 +66,7 @@ class RouterTrainer(CheckpointMixin, Trainer):
         refine_rate: float | None = None,
     ) -> None:  # fmt: skip
         self.constraint = constraint
+        self.target = constraint.target
         self.refine_rate = refine_rate
         self.spec = spec
         self.trace: list[Step] = []
@@ -124,6 +125,12 @@ class RouterTrainer(CheckpointMixin, Trainer):
         last = self.spec.noise_until * self.state.max_steps
         return max(0.0, 1.0 - self.state.global_step / last) if last else 0.0
 
+    def target_in_force(self) -> float:
+        """Capacity aimed at in the current step: falls linearly from 1 to the target."""
+        last = self.spec.capacity_warmup * self.state.max_steps
+        passed = min(1.0, self.state.global_step / last) if last else 1.0
+        return 1.0 - (1.0 - self.target) * passed
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -133,6 +140,7 @@ class RouterTrainer(CheckpointMixin, Trainer):
     ) -> Any:
         """Task loss plus the price of capacity, both averaged over the whole optimiser step."""
         noise = self.noise_scale()
+        self.constraint.target = self.target_in_force()
         self._in_force = noise, self._get_learning_rate()
         outputs = model(
             **inputs,

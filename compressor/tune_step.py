@@ -260,7 +260,9 @@ def tune_routers(work: Work) -> tuple[Routers, dict[str, Any]]:
             sublayers = replace(sublayers, compensation=copy.deepcopy(sublayers.compensation))
         routers = Routers(sublayers, measured.inputs.shape[2], bias=recipe.router.bias)
         routers.to(work.base.model.device)
-        initialise(routers, recipe.router, measured.inputs, measured.costs, target)
+        # Routers begin where the constraint does.
+        first = 1.0 if recipe.tuning.capacity_warmup else target
+        initialise(routers, recipe.router, measured.inputs, measured.costs, first)
         stage = f"tune to capacity {target:g}"
         outcome = work.train(
             work.base,

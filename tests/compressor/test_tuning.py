@@ -327,6 +327,21 @@ def test_trace_holds_what_was_in_force_during_the_step(
     assert shown == [("tune", done, 4) for done in (1, 2, 3, 4)]
 
 
+def test_the_target_falls_from_everything(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    """Over three of four steps: 1, 5/6, 4/6, 3/6. Capacity is paid for by what was in force."""
+    routers, price = start(base, LAYERS, make_samples(16), 0.5)
+    wanted = spec(max_steps=4, capacity_warmup=0.75)
+    trace = tune(base, routers, make_samples(16), wanted, 0.5, tmp_path, start_price=price).trace
+    aimed = [1, 5 / 6, 4 / 6, 3 / 6]
+    summed = price
+    for number in range(1, 4):
+        before = trace[number - 1].capacity
+        summed += 0.4 * price * (before - aimed[number - 1])
+        assert trace[number].price == pytest.approx(summed + 6 * price * (before - aimed[number]))
+
+
 def test_every_epoch_has_its_own_order_and_every_step_its_own_noise(
     base: BaseModel, make_samples: MakeSamples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -211,6 +211,19 @@ def test_resume_is_uninterrupted(
     assert not run.checkpoints.exists()
 
 
+def test_a_falling_target_begins_with_everything_executed(
+    tiny: BaseModel, recipe: Recipe, tmp_path: Path
+) -> None:
+    """The routers begin where the target does, and end where the recipe wants them."""
+    falling = recipe.tuning.model_copy(
+        update={"capacity_warmup": 0.5, "max_steps": 24, "check_targets": []}
+    )
+    wanted = recipe.model_copy(update={"tuning": falling})
+    trace = tune_run(Run(tmp_path / "run"), wanted, tiny)["trace"]
+    assert trace[0]["capacity"] == 1
+    assert trace[-1]["capacity"] == pytest.approx(0.5, abs=0.2)
+
+
 def test_resume_with_another_recipe(tiny: BaseModel, recipe: Recipe, tmp_path: Path) -> None:
     run = Run(tmp_path / "cut")
     with pytest.raises(Interrupted):
