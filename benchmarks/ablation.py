@@ -27,7 +27,13 @@ from torch import Tensor
 from mskip.compressor import baselines, router
 from mskip.compressor.artifact import versions
 from mskip.compressor.baselines import forced_to, kept_count, kept_of, static_gates
-from mskip.compressor.calibration import Paths, PromptScorer, UnreachableError, find_tau
+from mskip.compressor.calibration import (
+    Paths,
+    PromptScorer,
+    UnreachableError,
+    find_tau,
+    find_tau_per_layer,
+)
 from mskip.compressor.data import split_samples
 from mskip.compressor.evaluation import Reference
 from mskip.compressor.files import write_json
@@ -44,6 +50,7 @@ from mskip.compressor.recipe import Recipe, load_recipe
 from mskip.compressor.router import Routers, prompt_mean
 from mskip.compressor.samples import Samples, read_samples
 from mskip.compressor.tune_step import Work, tune_routers
+from mskip.compressor.units import routed_passes
 from mskip.exporters.speed import machine
 
 TARGETS = (0.25, 0.5, 0.75)
@@ -55,6 +62,7 @@ VARIANTS: dict[str, list[str]] = {
     "raw mean, not standardised": ["router.normalize=false"],
     "next-token loss": ["tuning.loss=lm"],
     "hinge of the paper": ["tuning.constraint=hinge", "tuning.hinge_weight=1.0"],
+    "target falls from 1 in the first half": ["tuning.capacity_warmup=0.5"],
     # What the router sees: see `router_inputs_are`.
     "last prompt token": [],
     "last 8 prompt tokens": [],
@@ -92,9 +100,15 @@ def router_inputs_are(variant: str) -> Iterator[None]:
 
 
 def one(
-    recipe: Recipe, base: Any, layers: list[int], samples: Samples, dense: Measured, folder: Path
+    recipe: Recipe,
+    base: Any,
+    layers: list[int],
+    samples: Samples,
+    dense: Measured,
+    folder: Path,
+    each_layer: bool,
 ) -> dict[str, Any]:
-    """Tune one variant and compare it with static removal."""
+    """Tune one variant and compare it with static removal; ``each_layer``: one tau a layer too."""
     started = time.monotonic()
     sublayers = routed_sublayers(recipe, base, layers)
     measured, orders = dense, dict(dense.orders)
@@ -116,6 +130,9 @@ def one(
         "reached_before_calibration": details["targets"][0]["capacity"],
         "closed_form_static_kl": closed,
         "layers": layers,
+        "tau_per_layer": per_layer(base, routers, samples, recipe.routing.capacity)
+        if each_layer
+        else None,
         **{key: worth.get(key) for key in (
             "routed_kl", "routed_capacity", "static_kl", "rule", "difference_interval", "skipped",
         )},
@@ -140,6 +157,16 @@ def calibrated(base: Any, routers: Routers, samples: Samples) -> dict[str, float
             decisions, _ = held_out(torch.full((routed,), tau), list(range(len(held_out))))
             found[f"{target:g}"] = float(decisions.float().mean())
     return found
+
+
+def per_layer(base: Any, routers: Routers, samples: Samples, target: float) -> dict[str, float]:
+    """Held-out KL and capacity with one tau a layer, which calibration prompts gave."""
+    with patched(base.model, routers.sublayers):
+        scorer = PromptScorer(base, routers, samples.calibration)
+        tau = find_tau_per_layer(scorer, len(scorer), len(routers.layers), target)
+        passes = routed_passes(routers, tau)
+        kl = Reference(base, routers.layers[0], samples.held_out).quality(passes).kl
+    return {"kl": kl, "capacity": passes.capacity}
 
 
 def main() -> None:
@@ -202,7 +229,15 @@ def main() -> None:
                 if name in SEEN:
                     with patched(base.model, bare):
                         own = replace(dense, inputs=baselines.router_inputs(dense.reference))
-                saved["results"][key] = one(recipe, base, bare.layers, samples, own, folder)
+                saved["results"][key] = one(
+                    recipe,
+                    base,
+                    bare.layers,
+                    samples,
+                    own,
+                    folder,
+                    each_layer=name == "default",
+                )
             saved.update(
                 machine=machine("PyTorch", None), versions=versions(), settings=common,
                 date=datetime.date.today().isoformat(),
@@ -213,27 +248,31 @@ def main() -> None:
 
 
 def show(results: dict[str, Any], variants: list[str], seeds: int) -> None:
-    """The table, Markdown."""
-    print("| variant | KL routed | over best static | capacity | before calibration |")
-    print("|---|---|---|---|---|")
+    """The table, Markdown; "over default" is by seed, of the seeds that both have."""
+    print("| variant | seeds | KL routed | over best static | over default | capacity |")
+    print("|---|---|---|---|---|---|")
     for name in variants:
-        rows = [results[f"{name}/{seed}"] for seed in range(seeds) if f"{name}/{seed}" in results]
-        rows = [row for row in rows if row.get("routed_kl") is not None]
-        if not rows:
-            print(f"| {name} | no tau reaches the capacity | | | |")
+        found = {seed: results.get(f"{name}/{seed}", {}) for seed in range(seeds)}
+        if not any(found.values()):
             continue
-        best = [min(results[f"static/{s}"].values()) for s in range(len(rows))]
-        kl = [row["routed_kl"] for row in rows]
-        ratio = [a / b for a, b in zip(kl, best, strict=True)]
+        rows = {seed: row for seed, row in found.items() if row.get("routed_kl") is not None}
+        if not rows:
+            print(f"| {name} | 0 | no tau reaches the capacity | | | |")
+            continue
+        kl = {seed: row["routed_kl"] for seed, row in rows.items()}
+        static = [kl[seed] / min(results[f"static/{seed}"].values()) for seed in rows]
+        usual = {seed: results.get(f"default/{seed}", {}).get("routed_kl") for seed in rows}
+        default = [kl[seed] / usual[seed] for seed in rows if usual[seed] is not None]
+        capacity = [row["routed_capacity"] for row in rows.values()]
+        cells = [_cell(values) for values in (list(kl.values()), static, default, capacity)]
+        print(f"| {name} | {len(rows)} | {' | '.join(cells)} |")
 
-        def cell(values: list[float]) -> str:
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            return f"{statistics.mean(values):.3f} ± {spread:.3f}"
 
-        print(
-            f"| {name} | {cell(kl)} | {cell(ratio)} | {cell([r['routed_capacity'] for r in rows])} "
-            f"| {cell([r['reached_before_calibration'] for r in rows])} |"
-        )
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
 
 
 if __name__ == "__main__":
