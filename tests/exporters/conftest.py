@@ -174,3 +174,12 @@ def random_prompts(exported: Exported) -> Callable[..., list[list[int]]]:
         return [rng.integers(4, exported.contract.vocabulary, n).tolist() for n in lengths]
 
     return make
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short laziness runs."""
+    from mskip.exporters import laziness
+
+    monkeypatch.setattr(laziness, "CONTEXT", 32)
+    monkeypatch.setattr(laziness, "REPEATS", 2)
