@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mskip.compressor.errors import DataError
+from mskip.compressor.heap import give_back
 from mskip.compressor.progress import Progress, silent
 from mskip.exporters.answers import AnswerStore
 from mskip.exporters.runner import Floats, Ints, Runner, State, left_padded
@@ -254,6 +255,7 @@ class Reader:
                 known = [tokens, self.executed[each[0]]]
                 self.store.put(known, "continuation", self.routing, *each)
             self.store.flush()
+            give_back()
             self.progress(self.stage, sum(each in answers for each in fitted), len(fitted))
         return [answers[each] for each in fitted]
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mskip.compressor import heap
 from mskip.compressor.errors import ArtifactError, DataError, MissingExtraError
+from mskip.exporters import reading
 from mskip.exporters.answers import AnswerStore
 from mskip.exporters.harness import cut, generation, harness_model, offline, quietly
 from mskip.exporters.reading import LARGEST, Reader, batches, likelihood
@@ -243,6 +246,30 @@ def test_an_end_token_ends(torch_runner: Runner, random_prompts: Any) -> None:
     expected = [t[: t.index(end)] if end in t else t for t in free]
     assert found == expected
     assert len(found[row]) < 6
+
+
+def test_memory_goes_back_after_each_batch(
+    torch_runner: Runner, random_prompts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When nothing holds the batch's keys and values any more."""
+    alive: list[weakref.ref[Any]] = []
+    left: list[int] = []
+
+    class Held(Watched):
+        def prefill(self, *arguments: Any, **options: Any) -> State:
+            state = super().prefill(*arguments, **options)
+            alive.append(weakref.ref(state.cache))
+            return state
+
+    def give_back() -> None:
+        heap.give_back()  # frees what a cycle holds
+        left.append(sum(each() is not None for each in alive))
+
+    monkeypatch.setattr(reading, "give_back", give_back)
+    asked = [(prompt, [], 3) for prompt in random_prompts([9, 8, 7])]
+    reader(Held(torch_runner), max_generation_tokens=1).continuations(asked)
+    assert len(alive) == 3
+    assert left == [0, 0, 0]
 
 
 def test_no_room_to_generate(torch_runner: Runner) -> None:
