@@ -327,7 +327,9 @@ def forced_decisions(run: Run, routed: int, methods: Sequence[str]) -> dict[str,
         ArtifactError: "static", and the run has no order of removal.
     """
     masks: dict[str, list[int] | None] = {"dense": [1] * routed, "routed": None}
-    if "static" in methods:
+    if tuned_by(run) == "static":
+        masks["static"] = None  # its constants remove what it removes, at any target
+    elif "static" in methods:
         kept = kept_of(_removal_order(run), kept_count(run.calibration()["target"], routed))
         masks["static"] = [int(index in kept) for index in range(routed)]
     return masks
@@ -336,15 +338,14 @@ def forced_decisions(run: Run, routed: int, methods: Sequence[str]) -> dict[str,
 def _removal_order(run: Run) -> list[int]:
     """Positions 0..routed-1, first removed first, by the rule that was best on tuning prompts.
 
-    A static run has its own. Where tuning compared none, it is the greedy order, or else the
-    last one saved.
+    Where tuning compared none, it is the greedy order, or else the last one saved.
     """
     remedy = "Make it with: mskip tune"
     saved = run.report("tune", remedy)
     layers = read_json(run.path / "router_config.json", "router configuration", remedy)["layers"]
     try:
         orders = saved["removal_orders"]
-        best = (saved.get("worth") or saved).get("rule")
+        best = (saved.get("worth") or {}).get("rule")
         order = orders.get(best) or orders.get("greedy") or list(orders.values())[-1]
         return [layers.index(layer) for layer in order]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:

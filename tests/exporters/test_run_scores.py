@@ -73,6 +73,16 @@ def test_static_removal_is_the_best_that_tuning_knew(
     assert forced_decisions(run, 3, ["static"])["static"] == kept
 
 
+def test_static_removal_of_a_static_run_is_its_own(run: Run) -> None:
+    """Not as many as a target asks for, which somebody rounded."""
+    configuration = run.path / "router_config.json"
+    configuration.write_text(
+        json.dumps({**json.loads(configuration.read_text()), "method": "static"})
+    )
+    run.write_calibration({**run.calibration(), "target": 0.3334})
+    assert forced_decisions(run, 3, ["static"])["static"] is None
+
+
 def test_methods_side_by_side(
     run: Run, plain_base: BaseModel, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
