@@ -129,7 +129,7 @@ class RouterTrainer(CheckpointMixin, Trainer):
         """Capacity aimed at in the current step: falls linearly from 1 to the target."""
         last = self.spec.capacity_warmup * self.state.max_steps
         passed = min(1.0, self.state.global_step / last) if last else 1.0
-        return 1.0 - (1.0 - self.target) * passed
+        return self.target + (1.0 - self.target) * (1.0 - passed)  # the target itself at the end
 
     def compute_loss(
         self,
