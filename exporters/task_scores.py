@@ -327,9 +327,11 @@ def forced_decisions(run: Run, routed: int, methods: Sequence[str]) -> dict[str,
         ArtifactError: "static", and the run has no order of removal.
     """
     masks: dict[str, list[int] | None] = {"dense": [1] * routed, "routed": None}
+    if "static" not in methods:
+        return masks
     if tuned_by(run) == "static":
         masks["static"] = None  # its constants remove what it removes, at any target
-    elif "static" in methods:
+    else:
         kept = kept_of(_removal_order(run), kept_count(run.calibration()["target"], routed))
         masks["static"] = [int(index in kept) for index in range(routed)]
     return masks
