@@ -17,6 +17,7 @@ from mskip.compressor.baselines import (
     Sensitivity,
     forced_to,
     greedy_removal,
+    kept_count,
     kept_of,
     measure_sensitivity,
     router_inputs,
@@ -264,3 +265,12 @@ def test_initialise_zeros(measured: tuple[Sensitivity, Tensor]) -> None:
     initialise(routers, RouterSpec(init="zeros"), measured[1], {}, 0.5)
     assert not routers.weight.any()
     assert not routers.bias.any()
+
+
+@given(st.integers(1, 128), st.data())
+def test_a_count_that_was_printed_as_a_share_comes_back(routed: int, data: st.DataObject) -> None:
+    kept = data.draw(st.integers(0, routed))
+    assert kept_count(kept / routed, routed) == kept
+    assert kept_count(float(f"{kept / routed:.6f}"), routed) == kept
+    if kept < routed:
+        assert kept_count((kept + 0.01) / routed, routed) == kept + 1
