@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mskip.compressor.router import Routers
     from mskip.exporters.contract import Contract
     from mskip.exporters.ort_runner import OrtRunner
+    from mskip.exporters.runner import Runner
     from mskip.exporters.torch_runner import TorchRunner
     from mskip.exporters.tracing import Traced
 
@@ -163,6 +164,13 @@ def ort_runner(exported: Exported) -> OrtRunner:
     from mskip.exporters.ort_runner import OrtRunner
 
     return OrtRunner(exported.folder, threads=1)
+
+
+@pytest.fixture(params=["torch_runner", "ort_runner"])
+def runner(request: pytest.FixtureRequest) -> Runner:
+    """Each in its turn."""
+    value: Runner = request.getfixturevalue(request.param)
+    return value
 
 
 @pytest.fixture(scope="session")

@@ -189,11 +189,6 @@ def test_engines_agree_on_anything(
 
 
 class TestRunner:
-    @pytest.fixture(params=["torch_runner", "ort_runner"])
-    def runner(self, request: pytest.FixtureRequest) -> Runner:
-        value: Runner = request.getfixturevalue(request.param)
-        return value
-
     def test_decisions_are_mixed_and_follow_the_scores(self, runner: Runner) -> None:
         (state,) = prefill(runner)
         assert ((state.routing == 0).any(axis=0) & (state.routing == 1).any(axis=0)).all()
