@@ -35,7 +35,7 @@ from mskip.exporters.targets import Form
 from mskip.exporters.work import Call, work_of
 
 VARIANTS = {"dense": DENSE, "execute": MODEL, "half": MODEL, "skip": MODEL, "ceiling": CEILING}
-STEPS = 8
+STEPS = 16
 PHASES = ("prefill", "decode")
 
 
@@ -54,33 +54,45 @@ def routing_of(variant: str, batch: int, layers: int) -> Ints | None:
     return routing
 
 
-def once(engine: OrtRunner, ids: Ints, routing: Ints | None) -> tuple[dict[str, float], int]:
-    """ms of a prefill and of a step; bytes of keys and values."""
-    start = time.perf_counter()
-    state = engine.prefill(ids, routing=routing, last_only=True)
-    prefill = time.perf_counter() - start
-    engine.extend(state, ids[:, :1])  # binds the buffers
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        after = engine.extend(state, ids[:, :1])
-    decode = (time.perf_counter() - start) / STEPS
-    return {"prefill": prefill * 1e3, "decode": decode * 1e3}, engine.kv_bytes(after)
+def in_turn(
+    engines: dict[str, OrtRunner], ids: Ints, names: list[str]
+) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+    """ms of a prefill and of a step, by phase and variant; bytes of keys and values.
+
+    Every variant steps before any steps again, so that what disturbs the machine disturbs all;
+    a step's time is the median of `STEPS`.
+    """
+    prefill, states, memory = {}, {}, {}
+    layers = len(engines["execute"].contract.routed_layers)
+    for name in names:
+        routing = routing_of(name, len(ids), layers)
+        start = time.perf_counter()
+        states[name] = engines[name].prefill(ids, routing=routing, last_only=True)
+        prefill[name] = (time.perf_counter() - start) * 1e3
+    steps: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(STEPS + 1):
+        for name in names:
+            start = time.perf_counter()
+            after = engines[name].extend(states[name], ids[:, :1])
+            if number:  # the first binds the buffers
+                steps[name].append((time.perf_counter() - start) * 1e3)
+            memory[name] = engines[name].kv_bytes(after)
+    decode = {name: statistics.median(values) for name, values in steps.items()}
+    return {"prefill": prefill, "decode": decode}, memory
 
 
 def measure(engines: dict[str, OrtRunner], ids: Ints, rounds: int) -> list[dict[str, Any]]:
     """A row a variant and phase. One round is not counted."""
     batch, context = ids.shape
-    layers = len(engines["execute"].contract.routed_layers)
     times: dict[str, dict[str, list[float]]] = {
         name: {phase: [] for phase in PHASES} for name in VARIANTS
     }
-    memory: dict[str, int] = {}
     names = list(VARIANTS)
     for number in range(rounds + 1):
         names = names[1:] + names[:1]  # another one goes first each round
-        for name in names:
-            spent, memory[name] = once(engines[name], ids, routing_of(name, batch, layers))
-            for phase, value in spent.items() if number else ():
+        spent, memory = in_turn(engines, ids, names)
+        for phase, values in spent.items() if number else ():
+            for name, value in values.items():
                 times[name][phase].append(value)
     return [
         {
