@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,15 @@ from task_documents import read, write, write_tasks
 
 from mskip.compressor.artifact import Run
 from mskip.compressor.errors import ArtifactError, MskipError
+from mskip.exporters.reading import GENERATION_TOKENS
 from mskip.exporters.runner import Runner
 from mskip.exporters.targets import PORTABLE, Form
 from mskip.exporters.task_scores import (
+    KEYS_AND_VALUES,
     against,
     check_run,
     forced_decisions,
+    generation_tokens,
     score_run,
     score_tasks,
 )
@@ -231,3 +235,16 @@ def test_what_a_run_lacks(run: Run) -> None:
     run.forget_reports("export")
     with pytest.raises(ArtifactError, match="mskip export"):
         check_run(run, "onnx", ["routed"])
+
+
+def test_keys_and_values_of_a_batch_fill_what_they_may(exported: Exported) -> None:
+    contract = exported.contract
+    tokens = generation_tokens("torch", contract)
+    assert tokens > GENERATION_TOKENS
+    size = KEYS_AND_VALUES / tokens / contract.layers / 2 / contract.kv_heads / contract.head_dim
+    assert size == pytest.approx(4, rel=1e-3)  # bytes of a float32
+    half = generation_tokens("torch", replace(contract, dtype="bfloat16"))
+    assert half == pytest.approx(2 * tokens, abs=2)
+    # A batch is never smaller than what every engine takes.
+    assert generation_tokens("torch", replace(contract, layers=10**6)) == GENERATION_TOKENS
+    assert generation_tokens("onnx", contract) == GENERATION_TOKENS
