@@ -106,9 +106,12 @@ def one(
     samples: Samples,
     dense: Measured,
     folder: Path,
-    each_layer: bool,
+    usual: bool,
 ) -> dict[str, Any]:
-    """Tune one variant and compare it with static removal; ``each_layer``: one tau a layer too."""
+    """Tune one variant and compare it with static removal.
+
+    Of the ``usual`` one other targets, and one tau a layer, are measured too.
+    """
     started = time.monotonic()
     sublayers = routed_sublayers(recipe, base, layers)
     measured, orders = dense, dict(dense.orders)
@@ -126,12 +129,12 @@ def one(
     routers, details = tune_routers(work)
     worth = details["worth"]
     return {
-        "calibrated": calibrated(base, routers, samples),
+        "calibrated": calibrated(base, routers, samples) if usual else None,
         "reached_before_calibration": details["targets"][0]["capacity"],
         "closed_form_static_kl": closed,
         "layers": layers,
         "tau_per_layer": per_layer(base, routers, samples, recipe.routing.capacity)
-        if each_layer
+        if usual
         else None,
         **{key: worth.get(key) for key in (
             "routed_kl", "routed_capacity", "static_kl", "rule", "difference_interval", "skipped",
@@ -234,7 +237,7 @@ def main() -> None:
                     samples,
                     own,
                     folder,
-                    each_layer=name == "default",
+                    usual=name == "default",
                 )
             saved.update(
                 machine=machine("PyTorch", None), versions=versions(), settings=common,
