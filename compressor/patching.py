@@ -129,24 +129,28 @@ class _Routed:
             some = {key: take_rows(value, rows, batch) for key, value in arguments.items()}
             return self._run(hidden.index_select(0, rows), some)
 
-        def skip(rows: Rows) -> Tensor:
-            if rows is None and self.kind != "mlp":
-                self._note_skip(arguments, positions)
-            return self._skipped(call, lambda x: x if rows is None else x.index_select(0, rows))
-
-        def skip_tokens(gate: Tensor) -> Tensor:
-            return self._skipped(call, lambda x: x[gate])
-
+        @functools.cache  # the router asks for it, and what stands in for a skip
         def normed() -> Tensor:
             if self.kind != "block" or self.norm is None:
                 return hidden
             seen: Tensor = self.norm(hidden)
             return seen
 
+        # Nothing here may know the call: the cycle would keep this call's cache, and in training
+        # its whole graph, until the collector looks.
+        def skip(rows: Rows) -> Tensor:
+            if rows is None and self.kind != "mlp":
+                self._note_skip(arguments, positions)
+            return self._skipped(
+                hidden, normed, lambda x: x if rows is None else x.index_select(0, rows)
+            )
+
+        def skip_tokens(gate: Tensor) -> Tensor:
+            return self._skipped(hidden, normed, lambda x: x[gate])
+
         layer = None if self.kind == "mlp" else self.layer
         tokens = TokenCall(hidden, self._run, arguments, layer, skip_tokens, self.family.cache)
-        call = Call(self.index, batch, normed, execute, skip, tokens)
-        return call
+        return Call(self.index, batch, normed, execute, skip, tokens)
 
     def _run(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         # An MLP's arguments are none: its layer hands it the hidden state alone.
@@ -158,13 +162,15 @@ class _Routed:
         added: Tensor = output
         return added
 
-    def _skipped(self, call: Call, some: Callable[[Tensor], Tensor]) -> Tensor:
+    def _skipped(
+        self, hidden: Tensor, normed: Callable[[], Tensor], some: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """What a skip gives to some rows or tokens: of a block the new residual stream."""
-        hidden = some(call.tokens.hidden)
+        kept = some(hidden)
         if self.compensation is None:
-            return hidden if self.kind == "block" else torch.zeros_like(hidden)
-        instead: Tensor = self.compensation(self.index, some(call.hidden))
-        return hidden + instead if self.kind == "block" else instead
+            return kept if self.kind == "block" else torch.zeros_like(kept)
+        instead: Tensor = self.compensation(self.index, some(normed()))
+        return kept + instead if self.kind == "block" else instead
 
     def _note_skip(self, arguments: dict[str, Any], positions: int) -> None:
         """Tell a routed layer's cache that nobody executed these positions."""

@@ -9,7 +9,6 @@ is stored on the model's modules, so any number of calls can interleave.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -34,7 +33,7 @@ class Call:
     Args:
         index: position of the routed sublayer, 0..routed-1.
         batch: sequences in the call.
-        hidden: computes the input after its norm, [batch, sequence, hidden].
+        hidden: computes the input after its norm, [batch, sequence, hidden], and remembers it.
         execute: runs the sublayer for chosen rows, [n, sequence, hidden].
         skip: what it gives where it is skipped, for chosen rows, same shape. Of a block
             both give the new residual stream, else what is added to it.
@@ -57,7 +56,7 @@ class Call:
         self.skip = skip
         self.tokens = tokens
 
-    @cached_property
+    @property
     def hidden(self) -> Tensor:
         """The sublayer's input after its norm, [batch, sequence, hidden]; computed when asked for.
 
