@@ -24,6 +24,7 @@ int8`) run beside.
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import json
 import statistics
@@ -153,17 +154,17 @@ def _width(folder: Path) -> int:
 
 
 def hugging_face(model: PreTrainedModel, attention: str) -> Prefill:
-    """transformers in PyTorch."""
+    """transformers in PyTorch, on weights that are shared with the model handed in."""
+    model = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    model.set_attn_implementation(attention)
 
     @torch.inference_mode()
     def prefill(ids: Ints) -> tuple[Floats, Step]:
-        model.set_attn_implementation(attention)
         cache = DynamicCache(config=model.config)
         first = model(torch.from_numpy(ids), past_key_values=cache, logits_to_keep=1)
 
         @torch.inference_mode()
         def step(token: Ints) -> Floats:
-            model.set_attn_implementation(attention)
             after = model(torch.from_numpy(token), past_key_values=cache, logits_to_keep=1)
             cache.crop(-1)  # the next step starts from the prompt again
             found: Floats = after.logits[:, -1].numpy()
