@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mskip.compressor.recipe import TuningSpec
@@ -52,6 +52,7 @@ class Work:
         gates: tensors of the hidden state's size that a gate keeps for backward.
         logits: bytes held at once for one entry of the vocabulary, from the tokens of a
             batch, its answer tokens and the bytes of an element.
+        shut: share of the routed attentions that are not differentiated, their gate being shut.
     """
 
     lower: tuple[int, int, int]
@@ -60,6 +61,7 @@ class Work:
     everywhere: bool
     gates: int
     logits: Callable[[int, int, int], int]
+    shut: float = 0.0
 
 
 def _lm_logits(tokens: int, answers: int, element: int) -> int:
@@ -75,12 +77,16 @@ def _row_logits(tokens: int, answers: int, element: int) -> int:
 
 
 WORK = {
-    "ours, first epoch": Work((1, 0, 0), (2, 1, 0), 3, False, 2, _row_logits),
-    "ours, later": Work((0, 0, 0), (1, 1, 0), 3, False, 2, _row_logits),
+    "ours, first epoch": Work((1, 0, 0), (2, 1, 0), 4, False, 2, _row_logits, 0.5),
+    "ours, later": Work((0, 0, 0), (1, 1, 0), 2, False, 2, _row_logits, 0.5),
     "plain": Work((1, 1, 0), (1, 1, 0), 2, True, 1, _lm_logits),
     "plain-stopped": Work((1, 0, 0), (1, 1, 0), 2, True, 1, _lm_logits),
     "plain-kl": Work((2, 1, 0), (2, 1, 0), 3, True, 1, _kl_logits),
     "full": Work((1, 1, 1), (1, 1, 1), 3, True, 0, _lm_logits),
+}
+# There the dense model's logits are computed in every epoch, see `RouterObjective`.
+WORK_IN_16_BITS = {
+    name: replace(work, head=3) if name.startswith("ours") else work for name, work in WORK.items()
 }
 
 
@@ -103,7 +109,8 @@ def flops_per_token(shape: Shape, work: Work, length: float, answers: float) -> 
 
     lower, upper = layers(shape.layers - shape.upper, *work.lower), layers(shape.upper, *work.upper)
     if not work.lower[1]:  # See `kept_bytes_per_token`.
-        upper -= work.upper[1] * (attention + 2 * scores)
+        undifferentiated = 1 + work.shut * (shape.routed - 1)
+        upper -= work.upper[1] * undifferentiated * (attention + 2 * scores)
     share = 1 if work.everywhere else answers
     return lower + upper + 2 * shape.hidden * shape.vocabulary * work.head * share
 
@@ -114,15 +121,18 @@ def kept_bytes_per_token(shape: Shape, work: Work, length: int, element: int) ->
     A layer keeps both norms' inputs in float32; queries, keys and values (repeated to all
     heads), the attention's output and the mask's row; of the MLP the gate before and after its
     activation, and the other factor. Weights that are trained also need their inputs. The
-    attention of the first routed layer is not differentiated where the layers below are not.
+    attention of the first routed layer is not differentiated where the layers below are not,
+    and behind a shut gate the norm's input alone is kept.
     """
-    attention = 4 * shape.hidden + element * (4 * shape.attention + length)
+    inner = element * (4 * shape.attention + length)
+    attention = 4 * shape.hidden + inner
     mlp = 4 * shape.hidden + element * 3 * shape.intermediate
     trained = element * (4 * shape.hidden + shape.intermediate) if work.upper[2] else 0
     if work.lower[1]:
         kept = shape.layers * (attention + mlp + trained)
     else:
         kept = shape.upper * (attention + mlp) - attention
+    kept -= round(work.shut * (shape.routed - 1) * inner)
     return kept + work.gates * shape.routed * element * shape.hidden
 
 
@@ -176,10 +186,12 @@ def extrapolate(
     per_second = gpu["tflops"] * 1e12 * gpu["utilisation"]
     rows = {}
     for name, ratio in ratios.items():
-        work = WORK[name]
+        work = WORK_IN_16_BITS[name]
         size = peak_bytes(LLAMA_8B, work, 1, big_length, scored, 2)
         minutes = tokens * flops_per_token(LLAMA_8B, work, big_length, answers) / per_second / 60
-        here, plain = (flops_per_token(measured, w, length, answers) for w in (work, WORK["plain"]))
+        here, plain = (
+            flops_per_token(measured, WORK[each], length, answers) for each in (name, "plain")
+        )
         rows[name] = {
             "bytes": size,
             "fits": size <= gpu["gb"] * 1e9,

@@ -136,8 +136,15 @@ class Family:
             logits = logits * getattr(config, self.logit_factor)
         if self.logit_divisor is not None:
             logits = logits / getattr(config, self.logit_divisor)
-        cap = None if self.logit_cap is None else getattr(config, self.logit_cap, None)
+        cap = self._cap_of(model)
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def has_affine_head(self, model: PreTrainedModel) -> bool:
+        """Whether logits are a matrix times the final hidden state, plus a constant."""
+        return self._cap_of(model) is None
+
+    def _cap_of(self, model: PreTrainedModel) -> float | None:
+        return None if self.logit_cap is None else getattr(model.config, self.logit_cap, None)
 
 
 def _first(block: nn.Module, names: Names) -> nn.Module:

@@ -6,6 +6,8 @@ student share what is computed there.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +17,13 @@ from mskip.compressor.models import BaseModel
 from mskip.compressor.objective import straight_through_gate
 from mskip.compressor.recipe import TuningSpec
 from mskip.compressor.router import Routers
-from mskip.compressor.routing import Call
-from mskip.compressor.rowwise import hidden_kl, hidden_next_token_loss
+from mskip.compressor.routing import Call, Rows, by_gate
+from mskip.compressor.rowwise import (
+    hidden_kl,
+    hidden_next_token_loss,
+    summarised_kl,
+    summary_of,
+)
 from mskip.compressor.sampling import gate_noise
 from mskip.compressor.segments import SplitModel
 from mskip.compressor.stems import StemStore
@@ -49,9 +56,23 @@ class RelaxedPass:
         self.logits.setdefault(call.index, logit)
         noise = None if self.noise is None else self.noise[:, call.index]
         gate = straight_through_gate(logit, self.temperature, noise)[:, None, None]
-        executed, skipped = call.execute(None), call.skip(None)
+        executed, skipped = _executed(call, gate.detach().flatten() > 0), call.skip(None)
         gate = gate.to(executed.dtype)  # exactly 0 or 1 in value, so each side comes out exact
         return executed * gate + skipped * (1 - gate)
+
+
+def _executed(call: Call, gate: Tensor) -> Tensor:
+    """All rows executed, [batch, sequence, hidden], and differentiated where the gate is open.
+
+    What a shut gate multiplies by zero sends exactly nothing back: neither a backward pass nor
+    what it would need is worth having there. The gate's own gradient asks for the value alone.
+    """
+
+    def undifferentiated(rows: Rows) -> Tensor:
+        with torch.no_grad():
+            return call.execute(rows)
+
+    return by_gate(gate, call.execute, undifferentiated)
 
 
 class RouterObjective(nn.Module):
@@ -91,7 +112,12 @@ class RouterObjective(nn.Module):
         split = SplitModel(base.model, routers.layers[0])
         self.__dict__["split"] = split
         self.__dict__["store"] = StemStore(
-            split, samples, int(spec.cache_gib * 2**30), dense=spec.loss == "kl"
+            split,
+            samples,
+            int(spec.cache_gib * 2**30),
+            kept_of_dense=(
+                partial(_kept_of_dense, split, spec.kl_temperature) if spec.loss == "kl" else None
+            ),
         )
 
     def forward(
@@ -148,10 +174,23 @@ class RouterObjective(nn.Module):
         hidden = split.finish(stem, routing, checkpoint=self.spec.gradient_checkpointing)
         hidden = hidden[answer_mask]
         if self.spec.loss == "kl":
-            loss = hidden_kl(hidden, dense, split.logits, self.spec.kl_temperature)
+            kl = summarised_kl if _summarises(split, hidden) else hidden_kl
+            loss = kl(hidden, dense, split.logits, self.spec.kl_temperature)
         else:
             loss = hidden_next_token_loss(hidden, answer_targets(batch), split.logits)
         logits = torch.stack(list(routing.logits.values()), dim=1)
         if by_token:  # Capacity is held over the prompts, as it is calibrated.
             logits = logits[prompt_mask[real]]
         return {"task": loss.sum() / num_items_in_batch, "logits": logits}
+
+
+def _summarises(split: SplitModel, hidden: Tensor) -> bool:
+    """Whether the dense model is held as `summary_of` says; the same in every step."""
+    # In fewer bits the two parts of the gradient, which nearly cancel, lose their difference.
+    precise = hidden.dtype.itemsize >= 4 and not torch.is_autocast_enabled(hidden.device.type)
+    return precise and split.family.has_affine_head(split.model)
+
+
+def _kept_of_dense(split: SplitModel, temperature: float, dense: Tensor) -> Tensor:
+    """What the loss needs of the dense model's final hidden states, [answers, hidden]."""
+    return summary_of(dense, split.logits, temperature) if _summarises(split, dense) else dense

@@ -83,16 +83,32 @@ def execute_rows(call: Call, gate: Tensor) -> Tensor:
     Returns:
         [batch, sequence, hidden].
     """
+    return by_gate(gate, call.execute, call.skip)
+
+
+def by_gate(
+    gate: Tensor, opened: Callable[[Rows], Tensor], shut: Callable[[Rows], Tensor]
+) -> Tensor:
+    """Rows of one function where the gate is open, of the other where it is shut.
+
+    Args:
+        gate: [batch], bool.
+        opened: of chosen rows gives [n, ...]; not called for none.
+        shut: the same.
+
+    Returns:
+        [batch, ...].
+    """
     rows = gate.nonzero().squeeze(1)
     if rows.numel() == gate.numel():
-        return call.execute(None)
+        return opened(None)
     if rows.numel() == 0:
-        return call.skip(None)
-    executed = call.execute(rows)
+        return shut(None)
+    some = opened(rows)
     others = (~gate).nonzero().squeeze(1)
-    output = executed.new_empty(len(gate), *executed.shape[1:])
-    output = output.index_copy(0, rows, executed)
-    return output.index_copy(0, others, call.skip(others).to(executed.dtype))
+    output = some.new_empty(len(gate), *some.shape[1:])
+    output = output.index_copy(0, rows, some)
+    return output.index_copy(0, others, shut(others).to(some.dtype))
 
 
 class HardPass:

@@ -70,6 +70,56 @@ def hidden_kl(
     return over_rows(student, head, measure, rows)
 
 
+def summary_of(dense: Tensor, head: Head, temperature: float = 1.0, rows: int = ROWS) -> Tensor:
+    """All that `summarised_kl` needs of the dense model, whatever the student.
+
+    With logits z = W h + b, KL(dense || student) is the Bregman divergence of f(h) = logsumexp(z):
+    f(student) - f(dense) - (student - dense) . f'(dense), with f' = W^T softmax(z). The vector f'
+    and a number a position replace the dense model's product with the whole vocabulary.
+
+    Args:
+        dense: final hidden states, [positions, hidden], float32 or float64.
+        head: affine, see `Family.has_affine_head`.
+        temperature: see `kl_to_dense`.
+        rows: see `over_rows`.
+
+    Returns:
+        [positions, hidden + 1]: f' and dense . f' - f.
+    """
+    with torch.enable_grad():
+        at = dense.detach().requires_grad_()
+        value = over_rows(at, head, _normaliser(temperature), rows)
+        (slope,) = torch.autograd.grad(value.sum(), at)
+    offset = torch.linalg.vecdot(dense.double(), slope.double()) - value.detach()
+    return torch.cat([slope, offset[:, None].to(slope.dtype)], dim=1)
+
+
+def summarised_kl(
+    student: Tensor, summary: Tensor, head: Head, temperature: float = 1.0, rows: int = ROWS
+) -> Tensor:
+    """`hidden_kl` from the dense model's summary, exact but for the rounding of the logits.
+
+    Args:
+        student: [positions, hidden], float32 or float64; the gradient goes here.
+        summary: see `summary_of`, of the same temperature.
+        head: affine, the same.
+        temperature: see `kl_to_dense`.
+        rows: see `over_rows`.
+
+    Returns:
+        [positions], of the student's dtype.
+    """
+    slope, offset = summary[:, :-1].double(), summary[:, -1].double()
+    value = over_rows(student, head, _normaliser(temperature), rows)
+    # Both are tens of nats, and their difference is not.
+    kl: Tensor = value.double() - torch.linalg.vecdot(student.double(), slope) + offset
+    return kl.to(student.dtype) * temperature**2
+
+
+def _normaliser(temperature: float) -> Measure:
+    return lambda logits, _: torch.logsumexp(logits / temperature, dim=-1)
+
+
 def hidden_next_token_loss(hidden: Tensor, targets: Tensor, head: Head, rows: int = ROWS) -> Tensor:
     """Cross entropy of every position from final hidden states, in nats.
 

@@ -7,6 +7,8 @@ than half of a step's work from the second epoch on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,31 +23,37 @@ class StemStore:
         split: the model, cut before the first routed layer.
         samples: the tuning samples.
         budget: bytes that may be held; samples beyond it are computed each time.
-        dense: whether the dense model's hidden states are wanted; they cost the upper half of
-            a forward pass.
+        kept_of_dense: what is kept of the dense model's final hidden states, [answers, hidden]
+            to [answers, n]; None where they are not wanted, which saves the upper half of a
+            forward pass.
     """
 
     def __init__(
-        self, split: SplitModel, samples: list[Sample], budget: int, *, dense: bool = True
+        self,
+        split: SplitModel,
+        samples: list[Sample],
+        budget: int,
+        *,
+        kept_of_dense: Callable[[Tensor], Tensor] | None = lambda hidden: hidden,
     ) -> None:
         self.split = split
         self.samples = samples
         self.budget = budget
-        self.dense = dense
+        self.kept_of_dense = kept_of_dense
         self.used = 0
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def get(self, batch: Batch, index: Tensor) -> tuple[Stem, Tensor]:
-        """Stem of a right-padded batch and the dense final hidden states at its answers.
+        """Stem of a right-padded batch and what is kept of the dense model at its answers.
 
         Args:
             batch: with ``input_ids``, ``attention_mask``, ``position_ids``, ``answer_mask``.
             index: number of each sample, [batch] int64.
 
         Returns:
-            The stem and [answer tokens, hidden], in the order ``answer_mask`` selects; hidden
-            is 0 where the dense model is not wanted.
+            The stem and [answer tokens, n], in the order ``answer_mask`` selects; n is 0 where
+            the dense model is not wanted.
         """
         numbers = index.tolist()
         inputs = batch["input_ids"], batch["attention_mask"], batch["position_ids"]
@@ -53,8 +61,8 @@ class StemStore:
             stem = self.split.stem(*inputs)
             answers = batch["answer_mask"]
             dense = stem.hidden.new_empty(int(answers.sum()), 0)
-            if self.dense:
-                dense = self.split.finish(stem)[answers]
+            if self.kept_of_dense is not None:
+                dense = self.kept_of_dense(self.split.finish(stem)[answers])
             self._keep(numbers, stem.hidden, dense, batch["answer_mask"])
             return stem, dense
         arguments = self.split.layer_arguments(*inputs)

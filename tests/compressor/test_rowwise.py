@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mskip.compressor.rowwise import ROWS, hidden_kl, hidden_next_token_loss, over_rows
+from mskip.compressor.rowwise import (
+    ROWS,
+    hidden_kl,
+    hidden_next_token_loss,
+    over_rows,
+    summarised_kl,
+    summary_of,
+)
 
 HIDDEN, VOCABULARY = 12, 61
 
@@ -52,6 +59,53 @@ def test_kl_is_that_of_torch_with_its_gradient(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(student.grad, gradient, rtol=0, atol=1e-6)
     assert gradient.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("positions", [1, ROWS, 2 * ROWS + 3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_kl_to_a_summary_is_that_of_torch_with_its_gradient(
+    positions: int, bias: bool, temperature: float
+) -> None:
+    student, dense, head = states(positions)
+    if bias:
+        head.bias = nn.Parameter(torch.linspace(-4, 4, VOCABULARY).double(), requires_grad=False)
+    weights = torch.linspace(-1, 2, positions, dtype=torch.float64)
+    expected = torch_kl(head(student), head(dense), temperature)
+    (gradient,) = torch.autograd.grad((expected * weights).sum(), student)
+    with torch.no_grad():
+        summary = summary_of(dense, head, temperature)
+    assert summary.shape == (positions, HIDDEN + 1)
+    found = summarised_kl(student, summary, head, temperature)
+    (found * weights).sum().backward()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(student.grad, gradient, rtol=0, atol=1e-11)
+    assert gradient.abs().max() > 1e-2
+
+
+def test_kl_to_a_summary_keeps_its_digits() -> None:
+    """Of a small divergence of large logits it loses what these are rounded by, and no more."""
+    _, dense, head = states(300, torch.float32)
+    head.weight.mul_(8)
+    student = dense + 0.003 * torch.randn(dense.shape, generator=torch.Generator().manual_seed(1))
+    found = summarised_kl(student, summary_of(dense, head), head)
+    logits, wanted = (
+        head(dense),
+        torch_kl(*(head.double()(x.double()) for x in (student, dense)), 1),
+    )
+    assert logits.abs().max() > 50
+    assert wanted.mean() < 0.02
+    assert found.dtype == torch.float32
+    rounding = float(logits.abs().max()) * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=4 * rounding)
+
+
+def test_a_summary_says_nothing_of_a_capped_head() -> None:
+    """Why `Family.has_affine_head` is asked: the identity does not hold there."""
+    student, dense, linear = states(20)
+    head = softcapped(linear)
+    off = summarised_kl(student, summary_of(dense, head), head) - hidden_kl(student, dense, head)
+    assert off.abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])

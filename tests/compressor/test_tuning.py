@@ -18,9 +18,9 @@ from torch import Tensor
 
 from mskip.compressor.calibration import PromptScorer
 from mskip.compressor.encoding import Sample, collate
-from mskip.compressor.loss import RouterObjective
+from mskip.compressor.loss import RelaxedPass, RouterObjective
 from mskip.compressor.models import BaseModel
-from mskip.compressor.objective import Step
+from mskip.compressor.objective import Step, straight_through_gate
 from mskip.compressor.patching import passing, patched
 from mskip.compressor.recipe import TuningSpec
 from mskip.compressor.router import Routers
@@ -123,6 +123,70 @@ def test_no_backward_below_the_first_routed_layer(
     assert seen[0] == seen[1] == {False}
     assert seen[2] == {False, True}  # the dense pass and the student's
     assert seen[5] == {False, True}
+
+
+def test_shut_attentions_are_run_but_not_differentiated(
+    base: BaseModel, make_samples: MakeSamples
+) -> None:
+    """Every row is executed, those with an open gate alone with a graph; the gradients are the
+    same as of all rows with a graph, since a shut gate multiplies by zero."""
+    batch = collate(make_samples(6, prompt=(3, 12)), 0)
+    routers, _ = start(base, LAYERS, make_samples(16), 0.5)
+    # Every second gate open, in rows and in layers, whatever the router says.
+    noise = 20.0 * (-1) ** torch.arange(6)[:, None].add(torch.arange(len(LAYERS)))
+    split = SplitModel(base.model, LAYERS[0])
+    stem = split.stem(batch["input_ids"], batch["attention_mask"], batch["position_ids"])
+    seen: list[tuple[bool, int]] = []
+    hooks = [
+        base.model.model.layers[layer].self_attn.o_proj.register_forward_hook(
+            lambda _, __, output: seen.append((output.requires_grad, len(output)))
+        )
+        for layer in LAYERS[1:]  # nothing below the first one's is differentiated
+    ]
+
+    class Everything(RelaxedPass):
+        """Both ways for all rows, with a graph."""
+
+        def __call__(self, call: Call) -> Tensor:
+            logit = self.routers.logit(call.index, call.hidden, self.prompt_mask)
+            assert self.noise is not None
+            noisy = logit + self.noise[:, call.index]
+            gate = straight_through_gate(noisy, self.temperature, None)[:, None, None]
+            return call.execute(None) * gate + call.skip(None) * (1 - gate)
+
+    found = {}
+    with patched(base.model, LAYERS):
+        for kind in (RelaxedPass, Everything):
+            seen.clear()
+            final = split.finish(stem, kind(routers, batch["prompt_mask"], 20.0, noise))
+            real = final[batch["attention_mask"].bool()]
+            loss = (real * torch.linspace(-1, 1, real.numel()).view_as(real)).sum()
+            found[kind] = (real, *torch.autograd.grad(loss, [routers.weight, routers.bias]))
+            rows = {graph: sum(n for with_graph, n in seen if with_graph is graph)
+                    for graph in (True, False)}  # fmt: skip
+            calls = 6 * len(LAYERS[1:])
+            shut = calls // 2 if kind is RelaxedPass else 0
+            assert rows == {True: calls - shut, False: shut}
+    for hook in hooks:
+        hook.remove()
+    for ours, theirs in zip(found[RelaxedPass], found[Everything], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert found[Everything][1].abs().max() > 1e-3
+
+
+def test_the_head_of_the_dense_model_is_multiplied_once(
+    base: BaseModel, make_samples: MakeSamples, tmp_path: Path
+) -> None:
+    """From the second epoch on the head sees the student's answers alone."""
+    samples = make_samples(16, answer=(4, 4))
+    seen: list[int] = []
+    hook = base.model.lm_head.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    routers, price = start(base, LAYERS, samples, 0.5)
+    seen.clear()
+    wanted = spec(max_steps=-1, epochs=3.0)
+    tune(base, routers, samples, wanted, 0.5, tmp_path, start_price=price)
+    hook.remove()
+    assert sum(seen) == (2 + 1 + 1) * 16 * 4
 
 
 @pytest.fixture
