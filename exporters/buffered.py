@@ -280,6 +280,12 @@ class BufferedRunner(Runner):
             lengths: real tokens of each row afterwards, [batch].
         """
         columns = self._mask_columns(buffers, attended)
+        if 0 < self.contract.positions < columns:
+            raise ArtifactError(
+                f"a sequence of {columns} positions, but this graph has tables for "
+                f"{self.contract.positions}, some more than the model was made for.",
+                "Shorten the prompt, or ask for fewer tokens.",
+            )
         # Contiguous, as the runtime wants it, in memory that is there already.
         mask = buffers.attended[: len(ids) * columns].reshape(len(ids), columns)
         np.less(buffers.counted[:columns], attended[:, None], out=mask)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import mskip
 from mskip.compressor.sublayers import Granularity
+from mskip.exporters.attention_inputs import join_projections, rotate_inside
 from mskip.exporters.bodies import Body
 from mskip.exporters.contract import UNSCORED, Contract
 from mskip.exporters.fused import MICROSOFT
@@ -329,6 +330,13 @@ class Builder:
             node.attributes["start"] = ir.AttrInt64("start", axis)
             node.attributes["end"] = ir.AttrInt64("end", axis + 1)
 
+    def first_forms(self, contract: Contract) -> None:
+        """What a target has nodes of its own for, while weights lie as the model has them."""
+        if contract.target == "ort":
+            if contract.positions:
+                rotate_inside(self.graph, contract.positions)
+            join_projections(self.graph)
+
     def last_forms(self) -> None:
         """What a target has nodes of its own for, once the graph is whole."""
         if self.traced.contract.target == "ort":
@@ -336,6 +344,7 @@ class Builder:
 
     def finish(self, contract: Contract) -> ir.Model:
         """Round or transpose weights, drop what is unused, name the axes."""
+        self.first_forms(contract)
         if contract.weights != "float":
             quantise_products(self.graph, contract.weights)
         share_tied_head(self.graph)

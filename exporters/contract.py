@@ -17,7 +17,7 @@ from mskip.compressor.errors import ArtifactError
 from mskip.compressor.files import read_json, write_json
 from mskip.compressor.sublayers import Granularity
 
-FORMAT = 5
+FORMAT = 6
 CONTRACT = "contract.json"
 """File of the routed graph's contract in an export."""
 UNSCORED = -1.0
@@ -77,6 +77,8 @@ class Contract:
             whether it is attended to, and every buffer has a row for every sequence.
         weights: how the weights of products are stored.
         capacity: positions that a buffer has, where the graph fixes it; 0 where it does not.
+        positions: of the longest sequence, where the graph has tables by position; 0 where it
+            does not. They count from a row's first token, whatever ``position_ids`` says.
     """
 
     layers: int
@@ -95,6 +97,7 @@ class Contract:
     target: Target = "portable"
     weights: Weights = "float"
     capacity: int = 0
+    positions: int = 0
 
     def kv_axes(self, layer: int, length: str | int) -> list[str | int]:
         """Axes of a layer's keys or values; ``length`` is the symbol of its positions."""

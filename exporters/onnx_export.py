@@ -28,8 +28,10 @@ from mskip.compressor.models import BaseModel
 from mskip.compressor.progress import Progress, silent
 from mskip.compressor.router import Routers
 from mskip.compressor.sublayers import require_unit
+from mskip.exporters.attention_inputs import has_tables
 from mskip.exporters.bodies import body_weights
 from mskip.exporters.buffer_builder import OPSET as BUFFER_OPSET
+from mskip.exporters.buffered import ROOM
 from mskip.exporters.contract import CONTRACT, WITH_CAPACITY, Contract, Target
 from mskip.exporters.fused import OPSET as FUSED_OPSET
 from mskip.exporters.lowering import routed_graph, static_graph
@@ -87,7 +89,14 @@ def contract_of(
         target=form.target,
         weights=form.weights,
         capacity=context if form.target in WITH_CAPACITY else 0,
+        positions=_positions(base) if form.target == "ort" else 0,
     )
+
+
+def _positions(base: BaseModel) -> int:
+    """Of the model, and some beyond: a prompt that fills it can be answered all the same."""
+    known = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    return known + ROOM if known else 0
 
 
 @torch.no_grad()
@@ -150,8 +159,11 @@ def export_onnx(
     progress("export", 0, 6, "tracing")
     traced = trace(base.model, routers, contract)
     progress("export", 1, 6, "writing weights")
+    model = routed_graph(traced, weights, contract)
+    if not has_tables(model.graph):
+        contract = replace(contract, positions=0)
     ir.save(
-        routed_graph(traced, weights, contract),
+        model,
         folder / MODEL,
         external_data=DATA,
         max_workers=1,

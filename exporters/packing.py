@@ -44,6 +44,8 @@ def _branches(node: ir.Node) -> list[ir.Graph]:
 def _own(branch: ir.Graph, graph: ir.Graph) -> int:
     made: dict[ir.Value, ir.Value] = {}
     for node in RecursiveGraphIterator(branch):
+        if node.op_type == "GroupQueryAttention":  # its tables are not rearranged
+            continue
         for index, value in enumerate(node.inputs):
             if value is None or value.graph is not graph or not value.is_initializer():
                 continue

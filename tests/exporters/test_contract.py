@@ -87,8 +87,8 @@ def test_a_missing_contract_names_the_command(tmp_path: Path) -> None:
         ("[]", "lacks the entry"),
         ("null", "lacks the entry"),
         ("{}", "'format'"),
-        ('{"format": 1}', "format 1; this mskip reads 5"),
-        ('{"format": 5, "layers": 4}', "'routed_layers'"),
+        ('{"format": 1}', "format 1; this mskip reads 6"),
+        ('{"format": 6, "layers": 4}', "'routed_layers'"),
     ],
 )
 def test_a_damaged_contract_is_refused(text: str, message: str, tmp_path: Path) -> None:

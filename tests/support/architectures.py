@@ -7,7 +7,7 @@ without rotary positions, biases.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -226,17 +226,24 @@ def class_of(name: str) -> Any:
     return getattr(transformers, tiny.model or f"{tiny.name}ForCausalLM")
 
 
-def make(name: str, attention: str | None = None, seed: int = 0) -> PreTrainedModel:
+def make(
+    name: str,
+    attention: str | None = None,
+    seed: int = 0,
+    entries: dict[str, Any] | None = None,
+) -> PreTrainedModel:
     """A random model; biases and norms, which begin as zeros and ones, are random too.
 
     Args:
         name: of `MODELS`.
         attention: implementation; None takes "sdpa", or "eager" where it has to be.
         seed: of the weights.
+        entries: of the configuration, beside those of `MODELS`.
     """
     torch.set_num_threads(1)  # The models are too small for two.
     kind = class_of(name)
-    config = MODELS[name].configuration()
+    tiny = MODELS[name]
+    config = replace(tiny, entries={**tiny.entries, **(entries or {})}).configuration()
     config._attn_implementation = attention or ("sdpa" if kind._supports_sdpa else "eager")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
