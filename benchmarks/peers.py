@@ -28,7 +28,6 @@ import copy
 import datetime
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
+from turns import PHASES, Times, no_times, ratio, shown, take_turns
 
 from mskip.compressor.artifact import Run, open_run, versions
 from mskip.compressor.files import write_json
@@ -175,56 +175,25 @@ def hugging_face(model: PreTrainedModel, attention: str) -> Prefill:
     return prefill
 
 
-def measure(
-    contenders: dict[str, Prefill], ids: Ints, repeats: int, steps: int
-) -> dict[str, dict[str, list[float]]]:
-    """ms by contender and phase; a token's in decoding. One round is not counted.
+def check(contenders: dict[str, Prefill], ids: Ints) -> None:
+    """Everybody computes the same logits, of the prompt and of a step after it.
 
     Raises:
         ValueError: a contender computes something else.
     """
-    times: dict[str, dict[str, list[float]]] = {
-        name: {"prefill": [], "decode": []} for name in contenders
-    }
-    names = list(contenders)
     expected: dict[str, Floats] = {}
-    for repeat in range(repeats + 1):
-        names = names[1:] + names[:1]  # another one goes first each round
-        for phase, spent in _in_turn(contenders, names, ids, steps, expected).items():
-            for name, value in spent.items() if repeat else ():
-                times[name][phase].append(value * 1e3)
-    return times
-
-
-def _in_turn(
-    contenders: dict[str, Prefill],
-    names: list[str],
-    ids: Ints,
-    steps: int,
-    expected: dict[str, Floats],
-) -> dict[str, dict[str, float]]:
-    """Seconds of a prefill and of a step, by phase and contender.
-
-    Every contender steps before any steps again, so that what disturbs the machine disturbs all;
-    a step's time is the median of ``steps``.
-    """
-    prefill, going = {}, {}
-    for name in names:
-        start = time.perf_counter()
-        logits, going[name] = contenders[name](ids)
-        prefill[name] = time.perf_counter() - start
+    for name, prefill in contenders.items():
+        logits, step = prefill(ids)
         _compare(name, "prefill", logits, expected)
-    taken: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(steps + 1):
-        for name in names:
-            start = time.perf_counter()
-            logits = going[name](ids[:, :1])
-            if number:  # the first binds buffers
-                taken[name].append(time.perf_counter() - start)
-            else:
-                _compare(name, "decode", logits, expected)
-    decode = {name: statistics.median(values) for name, values in taken.items()}
-    return {"prefill": prefill, "decode": decode}
+        _compare(name, "decode", step(ids[:, :1]), expected)
+
+
+def _in_turn(prefill: Prefill, ids: Ints) -> Callable[[], Callable[[], object]]:
+    def read() -> Callable[[], object]:
+        _, step = prefill(ids)
+        return lambda: step(ids[:, :1])
+
+    return read
 
 
 def _compare(name: str, phase: str, logits: Floats, expected: dict[str, Floats]) -> None:
@@ -234,49 +203,26 @@ def _compare(name: str, phase: str, logits: Floats, expected: dict[str, Floats])
         raise ValueError(f"{name} computes other logits in {phase} than the first that ran.")
 
 
-def rows_of(
-    times: dict[str, dict[str, list[float]]], context: int, base: str
-) -> list[dict[str, Any]]:
-    """A row a phase and contender; the ratio to ``base`` is taken within a round."""
-    rows = []
-    for phase in ("prefill", "decode"):
-        for name, phases in times.items():
-            ratios = [a / b for a, b in zip(phases[phase], times[base][phase], strict=True)]
-            rows.append(
-                {
-                    "context": context,
-                    "phase": phase,
-                    "engine": name,
-                    "ms": round(statistics.median(phases[phase]), 2),
-                    "to": base,
-                    "ratio": round(statistics.median(ratios), 3),
-                    "spread": round((max(ratios) - min(ratios)) / 2, 3),
-                    "repeats": len(ratios),
-                }
-            )
-    return rows
+def rows_of(times: Times, context: int, base: str) -> list[dict[str, Any]]:
+    """A row a phase and contender; the ratio to ``base`` is taken within a turn, see turns.py."""
+    return [
+        {
+            "context": context,
+            "phase": phase,
+            "engine": name,
+            "ms": round(statistics.median(taken), 2),
+            "to": base,
+            "ratio": ratio(taken, times[phase][base]),
+        }
+        for phase in PHASES
+        for name, taken in times[phase].items()
+    ]
 
 
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--genai", type=Path)
-    parser.add_argument("--optimum", type=Path)
-    parser.add_argument("--context", type=int, nargs="*", default=[512, 2048])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--weights", choices=list(BITS), nargs="*", default=[])
-    parser.add_argument("--attention", choices=ATTENTION, nargs="*", default=ATTENTION)
-    parser.add_argument("--output", type=Path, required=True)
-    given = parser.parse_args()
-    run = open_run(given.run)
-    base = load_base(run.recipe().model)
-    if given.threads is not None:
-        torch.set_num_threads(given.threads)
+def opened(
+    run: Run, model: PreTrainedModel, given: argparse.Namespace
+) -> tuple[dict[str, Prefill], dict[str, str]]:
+    """Sessions that nobody has used, and of the others why they do not run."""
     contenders: dict[str, Prefill] = {}
     not_run = {}
     for name, folder, make in (
@@ -290,22 +236,60 @@ def main() -> None:
     contenders["mskip, target ort"] = ours(run, Form("ort"), given.threads)
     for weights in given.weights:
         contenders[f"mskip, {weights}"] = ours(run, Form("ort", weights), given.threads)
-    if (PORTABLE.folder(run) / CONTRACT).is_file():
-        contenders["mskip, portable"] = ours(run, PORTABLE, given.threads)
-    else:
+    if not (PORTABLE.folder(run) / CONTRACT).is_file():
         not_run["mskip, portable"] = f"not exported ({PORTABLE.export_command})"
+    elif given.portable:
+        contenders["mskip, portable"] = ours(run, PORTABLE, given.threads)
     for attention in given.attention:
-        contenders[f"transformers, {attention}"] = hugging_face(base.model, attention)
+        contenders[f"transformers, {attention}"] = hugging_face(model, attention)
+    return contenders, not_run
+
+
+def timed(run: Run, model: PreTrainedModel, ids: Ints, given: argparse.Namespace) -> Times:
+    """Of everybody, opened anew for every start: where the weights came to lie is luck."""
+    times: Times = {}
+    for start in range(given.starts):
+        contenders, _ = opened(run, model, given)
+        times = times or no_times(contenders)
+        check(contenders, ids)
+        readers = {name: _in_turn(prefill, ids) for name, prefill in contenders.items()}
+        take_turns(readers, times, rounds=given.rounds, steps=given.steps, seed=start)
+    return times
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--genai", type=Path)
+    parser.add_argument("--optimum", type=Path)
+    parser.add_argument("--context", type=int, nargs="*", default=[512, 2048])
+    parser.add_argument("--starts", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=4, help="of each start")
+    parser.add_argument("--steps", type=int, default=16, help="after each prefill")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--weights", choices=list(BITS), nargs="*", default=[])
+    parser.add_argument("--attention", choices=ATTENTION, nargs="*", default=ATTENTION)
+    parser.add_argument("--portable", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args()
+    run = open_run(given.run)
+    base = load_base(run.recipe().model)
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
+    _, not_run = opened(run, base.model, given)
     prompt = base.tokenizer("The quick brown fox jumps over the lazy dog.")["input_ids"]
     rows: list[dict[str, Any]] = []
-    print(f"{'context':>7}  {'phase':7}  {'engine':20}  {'ms':>9}  {'ratio':>6}  spread")
+    print(f"{'context':>7}  {'phase':7}  {'engine':20}  {'ms':>9}  ratio")
     for context in given.context:
-        times = measure(contenders, filled([prompt], context), given.repeats, given.steps)
-        for row in rows_of(times, context, next(iter(contenders))):
+        times = timed(run, base.model, filled([prompt], context), given)
+        for row in rows_of(times, context, next(iter(times["prefill"]))):
             rows.append(row)
             print(
                 f"{row['context']:7}  {row['phase']:7}  {row['engine']:20}  {row['ms']:9.2f}  "
-                f"{row['ratio']:6.3f}  {row['spread']:.3f}",
+                f"{shown(row['ratio'])}",
                 flush=True,
             )
     for name, reason in not_run.items():

@@ -5,9 +5,10 @@
 RUN is exported with `--target ort`. Five variants take turns: the dense graph, everything executed
 through the conditionals, half of it (of one sequence every second routed sublayer, of several the
 first half of the sequences all of them), everything skipped, and the graph without the routed
-sublayers. What a call has to compute and to read at least is counted from the graph, and the
-machine's rates are measured with plain products and sums: their quotient is the least time that a
-call could take. Beside the JSON a PNG is written. A case that is there is not measured again.
+sublayers. Sessions are opened anew for every start. What a call has to compute and to read at
+least is counted from the graph, and the machine's rates are measured with plain products and sums:
+their quotient is the least time that a call could take. Beside the JSON a PNG is written. A case
+that is there is not measured again.
 """
 
 from __future__ import annotations
@@ -22,26 +23,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from turns import PHASES, Prefill, no_times, ratio, saved_share, shown, take_turns
 
 from mskip.compressor.artifact import open_run, versions
 from mskip.compressor.files import write_json
 from mskip.exporters.laziness import filled
 from mskip.exporters.onnx_export import CEILING, DENSE, MODEL
 from mskip.exporters.opening import open_runner
-from mskip.exporters.ort_runner import OrtRunner
+from mskip.exporters.ort_runner import OrtRunner, runtime
 from mskip.exporters.runner import Ints
 from mskip.exporters.speed import machine, sample_text
 from mskip.exporters.targets import Form
 from mskip.exporters.work import Call, work_of
 
 VARIANTS = {"dense": DENSE, "execute": MODEL, "half": MODEL, "skip": MODEL, "ceiling": CEILING}
-STEPS = 16
-PHASES = ("prefill", "decode")
 
 
 def routing_of(variant: str, batch: int, layers: int) -> Ints | None:
     """Decisions that are forced, [batch, layers]."""
-    if VARIANTS[variant] != MODEL:
+    if not layers:
         return None
     routing = np.zeros((batch, layers), dtype=np.int64)
     if variant == "execute":
@@ -54,92 +54,72 @@ def routing_of(variant: str, batch: int, layers: int) -> Ints | None:
     return routing
 
 
-def in_turn(
-    engines: dict[str, OrtRunner], ids: Ints, names: list[str]
-) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
-    """ms of a prefill and of a step, by phase and variant; bytes of keys and values.
+def measure(
+    open_engines: Callable[[], dict[str, OrtRunner]], ids: Ints, asked: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A row a variant and phase.
 
-    Every variant steps before any steps again, so that what disturbs the machine disturbs all;
-    a step's time is the median of `STEPS`.
+    Sessions are opened anew for every start: where the weights came to lie is luck.
     """
-    prefill, states, memory = {}, {}, {}
-    layers = len(engines["execute"].contract.routed_layers)
-    for name in names:
-        routing = routing_of(name, len(ids), layers)
-        start = time.perf_counter()
-        states[name] = engines[name].prefill(ids, routing=routing, last_only=True)
-        prefill[name] = (time.perf_counter() - start) * 1e3
-    steps: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(STEPS + 1):
-        for name in names:
-            start = time.perf_counter()
-            after = engines[name].extend(states[name], ids[:, :1])
-            if number:  # the first binds the buffers
-                steps[name].append((time.perf_counter() - start) * 1e3)
-            memory[name] = engines[name].kv_bytes(after)
-    decode = {name: statistics.median(values) for name, values in steps.items()}
-    return {"prefill": prefill, "decode": decode}, memory
-
-
-def measure(engines: dict[str, OrtRunner], ids: Ints, rounds: int) -> list[dict[str, Any]]:
-    """A row a variant and phase. One round is not counted."""
     batch, context = ids.shape
-    times: dict[str, dict[str, list[float]]] = {
-        name: {phase: [] for phase in PHASES} for name in VARIANTS
-    }
-    names = list(VARIANTS)
-    for number in range(rounds + 1):
-        names = names[1:] + names[:1]  # another one goes first each round
-        spent, memory = in_turn(engines, ids, names)
-        for phase, values in spent.items() if number else ():
-            for name, value in values.items():
-                times[name][phase].append(value)
+    times = no_times(asked.variants)
+    memory: dict[str, int] = {}
+    for start in range(asked.starts):
+        engines = open_engines()
+        contenders = {name: _prefill(engines[name], name, ids, memory) for name in asked.variants}
+        take_turns(contenders, times, rounds=asked.rounds, steps=asked.steps, seed=start)
     return [
         {
             "batch": batch,
             "context": context,
             "phase": phase,
             "variant": name,
-            "ms": round(statistics.median(phases[phase]), 3),
-            "all_ms": [round(value, 3) for value in phases[phase]],
+            "ms": round(statistics.median(times[phase][name]), 3),
+            "all_ms": [round(value, 2) for value in times[phase][name]],
             "kv_bytes": memory[name],
         }
         for phase in PHASES
-        for name, phases in times.items()
+        for name in asked.variants
     ]
 
 
-def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the conditionals cost and save, a row a case and phase.
+def _prefill(engine: OrtRunner, name: str, ids: Ints, memory: dict[str, int]) -> Prefill:
+    routing = routing_of(name, len(ids), len(engine.contract.routed_layers))
 
-    The overhead is the median over rounds of the ratio within a round. The efficiencies are what
-    skipping saves over what removing saves, from each round's differences, then the median.
-    """
+    def prefill() -> Callable[[], object]:
+        state = engine.prefill(ids, routing=routing, last_only=True)
+
+        def step() -> object:
+            after = engine.extend(state, ids[:, :1])
+            memory[name] = engine.kv_bytes(after)
+            return after
+
+        return step
+
+    return prefill
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the conditionals cost and save, a row a case and phase: with intervals, see turns.py."""
     found = []
     cases = dict.fromkeys((row["phase"], row["batch"], row["context"]) for row in rows)
     for phase, batch, context in cases:
-        series = {
-            row["variant"]: np.array(row["all_ms"])
+        ms = {
+            row["variant"]: row["all_ms"]
             for row in rows
             if (row["phase"], row["batch"], row["context"]) == (phase, batch, context)
         }
-        dense, saved = series["dense"], statistics.median(series["dense"] - series["ceiling"])
-        overhead = series["execute"] / dense
-        efficiency = (dense - series["skip"]) / saved
-        share = layer_share(batch)
-        found.append(
-            {
-                "phase": phase, "batch": batch, "context": context,
-                "overhead": round(float(np.median(overhead)), 3),
-                "overhead_spread": round(float(np.ptp(overhead)) / 2, 3),
-                "efficiency": round(float(np.median(efficiency)), 3),
-                "efficiency_spread": round(float(np.ptp(efficiency)) / 2, 3),
-                "efficiency_half": round(
-                    float(np.median((dense - series["half"]) / (share * saved))), 3
-                ),
-                "rounds": len(dense),
-            }
-        )  # fmt: skip
+        row = {"phase": phase, "batch": batch, "context": context}
+        dense, ceiling = ms["dense"], ms["ceiling"]
+        if "execute" in ms:
+            row["overhead"] = ratio(ms["execute"], dense)
+        if "skip" in ms:
+            row["skip_to_ceiling"] = ratio(ms["skip"], ceiling)
+            row["efficiency"] = saved_share(dense, ms["skip"], ceiling)
+        if "half" in ms:
+            row["half_to_dense"] = ratio(ms["half"], dense)
+            row["efficiency_half"] = saved_share(dense, ms["half"], ceiling, layer_share(batch))
+        found.append(row)
     return found
 
 
@@ -276,13 +256,22 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="*", default=[128, 512, 2048, 8192])
     parser.add_argument("--batches", type=int, nargs="*", default=[2, 4, 8, 16])
     parser.add_argument("--batch-context", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--variants", choices=list(VARIANTS), nargs="*", default=list(VARIANTS))
+    parser.add_argument("--starts", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=4, help="of each start")
+    parser.add_argument("--steps", type=int, default=16, help="after each prefill")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
+    if not {"dense", "ceiling"} <= set(given.variants):
+        parser.error("--variants has to name dense and ceiling: the others are compared with them")
     run = open_run(given.run)
     folder, threads = Form("ort").exported(run), run.recipe().bench.threads
-    files = {file: open_runner(folder, file, threads=threads) for file in set(VARIANTS.values())}
-    engines = {name: files[file] for name, file in VARIANTS.items()}
+
+    def open_engines() -> dict[str, OrtRunner]:
+        files = {VARIANTS[name] for name in given.variants}
+        opened = {file: open_runner(folder, file, threads=threads) for file in files}
+        return {name: opened[VARIANTS[name]] for name in given.variants}
+
     prompts = sample_text(run)
     cases = [(1, context) for context in given.contexts]
     cases += [(batch, given.batch_context) for batch in given.batches]
@@ -297,7 +286,7 @@ def main() -> None:
     for batch, context in cases:
         if (batch, context) in there:
             continue
-        found = measure(engines, filled(prompts, context, batch), given.rounds)
+        found = measure(open_engines, filled(prompts, context, batch), given)
         add_limits(found, folder, machine_rates)
         rows += found
         for row in found:
@@ -307,23 +296,20 @@ def main() -> None:
                 f"{row['ms']:9.2f} ms  {row['kv_bytes'] / 1e6:7.1f} MB{share}",
                 flush=True,
             )
+        for row in ratios(found):
+            for name, value in row.items():
+                if isinstance(value, dict):
+                    print(f"{row['phase']:7}  {name:15}  {shown(value)}, {value['turns']} turns")
         report = {
             "rows": rows,
             "ratios": ratios(rows),
             "rates": machine_rates,
             "model": run.recipe().model.name,
-            "machine": machine(engines["dense"].name, threads),
+            "machine": machine(f"onnxruntime {runtime().__version__}", threads),
             "versions": versions(),
             "date": datetime.date.today().isoformat(),
         }
         write_json(given.output, report)
-    for row in ratios(rows):
-        print(
-            f"{row['phase']:7}  batch {row['batch']:2}  context {row['context']:5}  "
-            f"overhead {row['overhead']:.3f} +- {row['overhead_spread']:.3f}  "
-            f"efficiency {row['efficiency']:.2f} +- {row['efficiency_spread']:.2f}, "
-            f"of half {row['efficiency_half']:.2f}"
-        )
     plot(rows, given.output.with_suffix(".png"))
 
 
