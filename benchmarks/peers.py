@@ -213,6 +213,7 @@ def rows_of(times: Times, context: int, base: str) -> list[dict[str, Any]]:
             "ms": round(statistics.median(taken), 2),
             "to": base,
             "ratio": ratio(taken, times[phase][base]),
+            "all_ms": [round(value, 2) for value in taken],
         }
         for phase in PHASES
         for name, taken in times[phase].items()
