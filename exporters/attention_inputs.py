@@ -19,6 +19,8 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.traversal import RecursiveGraphIterator
 
+from mskip.exporters.splicing import lazy, stored
+
 Array = npt.NDArray[Any]
 
 _COSINES, _SINES = 7, 8
@@ -157,7 +159,7 @@ class _Tables:
         try:
             evaluate = copied.evaluator(result)
             table, part = evaluate(every), evaluate(some)
-        except Exception:  # an operator or a type that the evaluator does not know
+        except (RuntimeError, TypeError):  # an operator or a type that the evaluator does not know
             return None
         if table.shape[:-1] != (1, len(every)) or 2 * table.shape[-1] % _MULTIPLE:
             return None
@@ -168,11 +170,7 @@ class _Tables:
         # By content: peers share their weights by name, and need not have the same tables.
         name = f"{_TABLE}{hashlib.sha256(table.tobytes()).hexdigest()[:12]}"
         if name not in self.graph.initializers:
-            tensor = ir.tensor(table, name=name)
-            kind = ir.TensorType(tensor.dtype)
-            shape = ir.Shape(table.shape)
-            value = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
-            self.graph.register_initializer(value)
+            self.graph.register_initializer(stored(name, ir.tensor(table, name=name)))
         return self.graph.initializers[name]
 
 
@@ -234,8 +232,7 @@ class _Copied:
         tensor = original.const_value
         if tensor is None:
             return None
-        copy = ir.Value(name=f"constant.{len(self.initializers)}", const_value=tensor)
-        copy.type, copy.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+        copy = stored(f"constant.{len(self.initializers)}", tensor)
         digest = hashlib.sha256(np.ascontiguousarray(tensor.numpy()).tobytes()).hexdigest()
         self.keys[copy] = f"{tensor.dtype}{tensor.shape.numpy()}{digest}"
         self.initializers.append(copy)
@@ -326,17 +323,12 @@ def _joined(graph: ir.Graph, parts: list[ir.Value]) -> ir.Value:
     names = [value.name or "" for value in parts]
     name = "+".join([names[0], *(".".join(each.split(".")[-2:]) for each in names[1:])])
     if name not in graph.initializers:
-        tensors = [value.const_value for value in parts]
-        shapes = [value.shape.numpy() for value in parts if value.shape is not None]
-        shape = ir.Shape([sum(each[0] for each in shapes), *shapes[0][1:]])
+        tensors = [value.const_value for value in parts if value.const_value is not None]
+        shapes = [tensor.shape.numpy() for tensor in tensors]
+        shape = [sum(each[0] for each in shapes), *shapes[0][1:]]
 
-        def load() -> ir.TensorProtocol:
-            arrays = [tensor.numpy() for tensor in tensors if tensor is not None]
-            return ir.tensor(np.concatenate(arrays), name=name)
+        def values() -> Array:
+            return np.concatenate([tensor.numpy() for tensor in tensors])
 
-        assert parts[0].dtype is not None
-        tensor = ir.LazyTensor(load, parts[0].dtype, shape, name=name)
-        kind = ir.TensorType(parts[0].dtype)
-        value = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
-        graph.register_initializer(value)
+        graph.register_initializer(lazy(name, shape, tensors[0].dtype, values))
     return graph.initializers[name]

@@ -22,7 +22,6 @@ from torch import Tensor
 
 import mskip
 from mskip.compressor.sublayers import Granularity
-from mskip.exporters.attention_inputs import join_projections, rotate_inside
 from mskip.exporters.bodies import Body
 from mskip.exporters.contract import UNSCORED, Contract
 from mskip.exporters.fused import MICROSOFT
@@ -39,7 +38,6 @@ from mskip.exporters.splicing import (
 )
 from mskip.exporters.tidying import (
     before_branch,
-    fuse_sums_with_norms,
     into_branch,
     unname_unwanted,
     unshadow,
@@ -332,15 +330,9 @@ class Builder:
 
     def first_forms(self, contract: Contract) -> None:
         """What a target has nodes of its own for, while weights lie as the model has them."""
-        if contract.target == "ort":
-            if contract.positions:
-                rotate_inside(self.graph, contract.positions)
-            join_projections(self.graph)
 
     def last_forms(self) -> None:
         """What a target has nodes of its own for, once the graph is whole."""
-        if self.traced.contract.target == "ort":
-            fuse_sums_with_norms(self.graph)
 
     def finish(self, contract: Contract) -> ir.Model:
         """Round or transpose weights, drop what is unused, name the axes."""

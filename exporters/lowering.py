@@ -8,6 +8,7 @@ import onnx_ir as ir
 from mskip.exporters.buffer_builder import BufferBuilder
 from mskip.exporters.builder import Builder, Weights, layer_of
 from mskip.exporters.contract import Contract, Target
+from mskip.exporters.fused_builder import FusedBuilder
 from mskip.exporters.layers import SUBLAYER
 from mskip.exporters.plugin_builder import PluginBuilder
 from mskip.exporters.tracing import Traced
@@ -45,4 +46,8 @@ def _builder(traced: Traced, weights: Weights) -> Builder:
     return _BUILDERS.get(traced.contract.target, Builder)(traced, weights)
 
 
-_BUILDERS: dict[Target, type[Builder]] = {"trt": BufferBuilder, "trt-plugin": PluginBuilder}
+_BUILDERS: dict[Target, type[Builder]] = {
+    "ort": FusedBuilder,
+    "trt": BufferBuilder,
+    "trt-plugin": PluginBuilder,
+}

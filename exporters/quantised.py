@@ -19,6 +19,7 @@ import onnx_ir as ir
 from mskip.compressor.errors import MissingExtraError, ModelError
 from mskip.exporters.contract import Weights
 from mskip.exporters.fused import MICROSOFT
+from mskip.exporters.splicing import lazy
 
 BLOCK = 32
 """Weights that share a scale and a zero point."""
@@ -135,7 +136,7 @@ def _rounded(
         ]
         for number, (name, shape) in enumerate(zip(names, sizes, strict=True)):
             dtype = ir.DataType.FLOAT if number == 1 else ir.DataType.UINT8
-            graph.register_initializer(_lazy(name, shape, dtype, partial(_nth, parts, number)))
+            graph.register_initializer(_shaped(name, shape, dtype, partial(_nth, parts, number)))
     return [graph.initializers[name] for name in names]
 
 
@@ -143,14 +144,10 @@ def _nth(parts: Parts, number: int) -> Array:
     return parts()[number]
 
 
-def _lazy(
+def _shaped(
     name: str, shape: tuple[int, ...], dtype: ir.DataType, values: Callable[[], Array]
 ) -> ir.Value:
-    def load() -> ir.TensorProtocol:
-        return ir.tensor(values().reshape(shape), name=name)
-
-    tensor = ir.LazyTensor(load, dtype, ir.Shape(shape), name=name)
-    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
+    return lazy(name, shape, dtype, lambda: values().reshape(shape))
 
 
 def _look_up(graph: ir.Graph, node: ir.Node, rounded: list[ir.Value], bits: int) -> None:
@@ -163,7 +160,7 @@ def _look_up(graph: ir.Graph, node: ir.Node, rounded: list[ir.Value], bits: int)
     if name not in graph.initializers:
         rows, blocks, width = tensor.shape.numpy()
         shape = rows, blocks * width
-        graph.register_initializer(_lazy(name, shape, ir.DataType.UINT8, tensor.numpy))
+        graph.register_initializer(_shaped(name, shape, ir.DataType.UINT8, tensor.numpy))
     inputs = [graph.initializers[name], node.inputs[1], scales, zeros]
     axes = {"gather_axis": 0, "quantize_axis": 1}
     _put(node, "GatherBlockQuantized", inputs, {**axes, "bits": bits})

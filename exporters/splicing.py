@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir import tape
 from onnx_ir.tensor_adapters import TorchTensor
@@ -81,14 +85,34 @@ def constant(into: tape.Tape, value: np.ndarray | np.generic) -> ir.Value:
     return into.op("Constant", [], attributes={"value": ir.tensor(np.asarray(value))})
 
 
+def stored(name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """A value for a graph's initializers."""
+    kind = ir.TensorType(tensor.dtype)
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
+
+
+def lazy(
+    name: str,
+    shape: Sequence[int],
+    dtype: ir.DataType,
+    values: Callable[[], ir.TensorProtocol | npt.NDArray[Any]],
+) -> ir.Value:
+    """An initializer whose values are made only when it is written."""
+
+    def load() -> ir.TensorProtocol:
+        return ir.tensor(values(), name=name)
+
+    return stored(name, ir.LazyTensor(load, dtype, ir.Shape(shape), name=name))
+
+
 def initializer(name: str, parameter: Tensor, *, transposed: bool = False) -> ir.Value:
     """An initializer that is read from the model only when it is written."""
     shape = tuple(parameter.shape)
 
-    def load() -> ir.TensorProtocol:
-        values = parameter.detach().cpu()
-        return TorchTensor(values.T.contiguous() if transposed else values.contiguous(), name=name)
+    def values() -> ir.TensorProtocol:
+        found = parameter.detach().cpu()
+        return TorchTensor(found.T.contiguous() if transposed else found.contiguous(), name=name)
 
     dtype = DTYPES[str(parameter.dtype).removeprefix("torch.")]
-    tensor = ir.LazyTensor(load, dtype, ir.Shape(shape[::-1] if transposed else shape), name=name)
-    return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
+    return lazy(name, shape[::-1] if transposed else shape, dtype, values)

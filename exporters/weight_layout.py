@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnx_ir import tape
 from onnx_ir.traversal import RecursiveGraphIterator
 
-from mskip.exporters.splicing import constant
+from mskip.exporters.splicing import constant, lazy
 
 
 def share_tied_head(graph: ir.Graph) -> None:
@@ -62,10 +62,7 @@ def fold_transposes(graph: ir.Graph) -> None:
 
 
 def _transposed(name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    def load() -> ir.TensorProtocol:
-        return ir.tensor(np.ascontiguousarray(tensor.numpy().T), name=name)
+    def values() -> np.ndarray:
+        return np.ascontiguousarray(tensor.numpy().T)
 
-    rows, columns = tensor.shape.numpy()
-    shape = ir.Shape([columns, rows])
-    lazy = ir.LazyTensor(load, tensor.dtype, shape, name=name)
-    return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=lazy)
+    return lazy(name, tensor.shape.numpy()[::-1], tensor.dtype, values)
