@@ -53,11 +53,15 @@ def test_scaling(ended: Callable[..., dict[str, Any]], tmp_path: Path, batches: 
     """A row a variant and phase of every case; keys and values as they are held; a picture."""
     contexts = [16] if batches != [2] else []
     asked = ["--contexts", *contexts, "--batches", *batches, "--batch-context", 8, "--rounds", 1]
+    asked += ["--starts", 2, "--steps", 2]
     report = ended(scaling, *asked)
     cases = {(1, 16) for _ in contexts} | {(batch, 8) for batch in batches}
     found = {(row["batch"], row["context"]) for row in report["rows"]}
     assert found == cases
     assert len(report["rows"]) == len(cases) * len(scaling.VARIANTS) * 2
+    assert all(
+        len(row["all_ms"]) == (2 if row["phase"] == "prefill" else 4) for row in report["rows"]
+    )
     assert len(report["ratios"]) == len(cases) * 2
     for batch, context in cases:
         held = {
@@ -81,6 +85,8 @@ def test_dial(ended: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     shares = [row["capacity"] for row in sorted(report["rows"], key=lambda row: row["tau"])]
     assert shares == sorted(shares, reverse=True)
     assert (shares[0], shares[-1]) == (1.0, 0.0)
+    everything = report["rows"][0]
+    assert everything["prefill_to_all"]["value"] == everything["decode_to_all"]["value"] == 1.0
     assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
