@@ -79,6 +79,7 @@ def _session(folder: Path, threads: int | None) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # as in `OrtRunner`
     if threads is not None:
         options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(

@@ -64,13 +64,17 @@ def layer_of(node: ir.Node) -> int:
 
 
 class Known(NamedTuple):
-    """Decisions that were handed in: gates [batch, routed], scores [batch] that say that none was
-    taken, and whether any row, every row executes, [routed]."""
+    """What the graph's input says of decisions that were handed in.
 
-    gates: ir.Value
-    scores: ir.Value
-    some: ir.Value
+    Attributes:
+        undecided: whether any decision of the call is open, [] bool.
+        every: whether every row executes, [routed] bool.
+        some: whether any row does, [1] bool a routed layer.
+    """
+
+    undecided: ir.Value
     every: ir.Value
+    some: list[ir.Value]
 
 
 class Builder:
@@ -83,6 +87,14 @@ class Builder:
         self._zero = ir.tensor(np.zeros(1, DTYPES[traced.contract.dtype].numpy()))
         self.model = traced.trunk.clone()
         self.graph = self.model.graph
+        self.known: Known
+        self.shape: ir.Value | None = None
+        """Of the hidden states, once it is known."""
+
+    @property
+    def routing(self) -> ir.Value:
+        """The decisions that are handed in, [batch, routed]."""
+        return next(value for value in self.graph.inputs if value.name == "routing")
 
     def placeholders(self, kind: str) -> list[ir.Node]:
         return [n for n in self.graph if n.domain == DOMAIN and n.op_type == kind]
@@ -90,47 +102,119 @@ class Builder:
     # -- placeholders to nodes --
 
     def known_decisions(self) -> Known:
-        """What the graph's input says of all layers, for calls without an open decision."""
-        routing = next(value for value in self.graph.inputs if value.name == "routing")
-        top = tape.Tape()
-        gates = top.op("Greater", [routing, constant(top, np.array(0, dtype=np.int64))])
-        whole = top.op("Cast", [gates], attributes={"to": ir.DataType.INT32})
-        rows = constant(top, np.array([0], dtype=np.int64))
-        some, every = (
-            top.op("Cast", [top.op(kind, [whole, rows], {"keepdims": 0})], _BOOLEAN)
-            for kind in ("ReduceMax", "ReduceMin")
+        """What is said of all layers at once, for calls without an open decision."""
+        routing, top = self.routing, tape.Tape()
+        rows, zero = (constant(top, np.array(n, dtype=np.int64)) for n in ([0], 0))
+        least, most = (
+            top.op(kind, [routing, rows], {"keepdims": 0}) for kind in ("ReduceMin", "ReduceMax")
         )
-        batch = top.op("Shape", [routing], attributes={"start": 0, "end": 1})
-        scores = top.op("Expand", [constant(top, np.float32(UNSCORED)), batch])
+        least_of_all = top.op("ReduceMin", [least], {"keepdims": 0})
+        undecided = top.op("Less", [least_of_all, zero])
+        every, some = (top.op("Greater", [each, zero]) for each in (least, most))
+        count = len(self.traced.contract.routed_layers)
+        each = [some]
+        if count > 1:
+            each = list(
+                top.op_multi_out("Split", [some], {"num_outputs": count}, num_outputs=count)
+            )
         for number, made in enumerate(top.nodes):
             made.name = f"known/{number}"
         self.graph.insert_before(self.graph[0], list(top.nodes))
-        return Known(gates, scores, some, every)
+        return Known(undecided, every, each)
 
     def take_decisions(self) -> None:
         """Routers' decisions, or those that were handed in."""
-        known = self.known_decisions()
-        for node in self.placeholders(DECISION):
-            self.conditional_decision(node, known)
+        decisions = self.placeholders(DECISION)
+        self.known = self.known_decisions()
+        self.conditional_mask(decisions)
+        for node in decisions:
+            self.conditional_decision(node)
+        self.conditional_report()
 
-    def conditional_decision(self, node: ir.Node, known: Known) -> None:
-        """``If(any decision of the call is open)``: take the layer's, or look it up."""
-        index = self.traced.contract.routed_layers.index(layer_of(node))
-        undecided, *given = inputs_of(node)
+    def conditional_mask(self, decisions: list[ir.Node]) -> None:
+        """``If(any decision of the call is open)``: which tokens are the prompt's, or nothing."""
+        mask = decisions[0].inputs[2]
+        assert mask is not None
+        if any(use.node not in decisions for use in mask.uses()):
+            return
+        made = ir.Graph([], [], nodes=self._taken_out([mask]), name="prompt/")
+        nothing = tape.Tape()
+        zero = constant(nothing, np.zeros((1, 1), dtype=np.int64))
+        otherwise = graph_of(nothing, [zero], "no_prompt/")
+        branches = conditional(self.known.undecided, made, otherwise, "if.prompt")
+        self.graph.insert_before(self.graph[0], branches)
+        for each in decisions:
+            each.replace_input_with(2, branches.outputs[0])
+        made.outputs.append(mask)
+
+    def conditional_decision(self, node: ir.Node) -> None:
+        """``If(any decision of the call is open)``: take the layer's, or look it up.
+
+        Every node shows in a step of decoding. So where all is known, nothing is computed here but
+        what decides whether all rows execute; what the others need, their branch looks up.
+        """
+        _, *given = inputs_of(node)
         then = bound(self.traced.decision, given, f"{node.name}/")
         otherwise = tape.Tape()
-        at = constant(otherwise, np.array(index, dtype=np.int64))
+        at = constant(otherwise, np.array(self._index(layer_of(node)), dtype=np.int64))
         looked_up = [
-            otherwise.op("Gather", [known.gates, at], attributes={"axis": 1}),
-            otherwise.op("Identity", [known.scores]),
-            otherwise.op("Gather", [known.some, at]),
-            otherwise.op("Gather", [known.every, at]),
+            constant(otherwise, np.array([False])),
+            constant(otherwise, np.array([UNSCORED], dtype=np.float32)),
+            constant(otherwise, np.array(False)),
+            otherwise.op("Gather", [self.known.every, at]),
         ]
         decided = graph_of(otherwise, looked_up, f"{node.name}/known/")
-        branches = conditional(undecided, then, decided, f"if.{node.name}")
+        branches = conditional(self.known.undecided, then, decided, f"if.{node.name}")
         self.graph.insert_before(node, branches)
         substitute(self.graph, node, list(branches.outputs))
         into_branch(then, given[1:])
+
+    def _index(self, layer: int) -> int:
+        return self.traced.contract.routed_layers.index(layer)
+
+    def _gate(self, into: tape.Tape, layer: int, taken: ir.Value) -> ir.Value:
+        """The rows that execute, [batch] bool: by a decision that was taken, or handed in."""
+        at, zero = (constant(into, np.array(n, dtype=np.int64)) for n in (self._index(layer), 0))
+        given = into.op("Gather", [self.routing, at], {"axis": 1})
+        return into.op("Or", [taken, into.op("Greater", [given, zero])])
+
+    def conditional_report(self) -> None:
+        """``If(any decision of the call is open)``: put the layers' side by side, or repeat what
+        was handed in."""
+        reported = [v for v in self.graph.outputs if v.name in ("routing_out", "routing_scores")]
+        decided = ir.Graph([], [], nodes=self._taken_out(reported), name="reported/")
+        otherwise = tape.Tape()
+        unscored = ir.tensor(np.array([UNSCORED], dtype=np.float32))
+        shape = otherwise.op("Shape", [self.routing])
+        repeated = {
+            "routing_out": otherwise.op("Identity", [self.routing]),
+            "routing_scores": otherwise.op("ConstantOfShape", [shape], {"value": unscored}),
+        }
+        given = graph_of(otherwise, [repeated[value.name or ""] for value in reported], "given/")
+        made = conditional(self.known.undecided, decided, given, "if.reported")
+        self.graph.append(made)
+        for number, (old, new) in enumerate(zip(reported, made.outputs, strict=True)):
+            new.type, new.shape, new.name = old.type, old.shape, old.name
+            old.name = f"reported/{number}"
+            self.graph.outputs[list(self.graph.outputs).index(old)] = new
+        decided.outputs.extend(reported)
+
+    def _taken_out(self, results: list[ir.Value]) -> list[ir.Node]:
+        """Take the nodes out of the graph that make these values and nothing else, in order.
+
+        What conditionals give stays where it is.
+        """
+        wanted: set[ir.Node] = set()
+        for node in reversed(list(self.graph)):
+            needed = [
+                value in results or (value.uses() and all(u.node in wanted for u in value.uses()))
+                for value in node.outputs
+            ]
+            if all(needed) and node.op_type != "If":
+                wanted.add(node)
+        nodes = [node for node in self.graph if node in wanted]
+        self.graph.remove(nodes)
+        return nodes
 
     def conditional_sublayer(self, node: ir.Node) -> None:
         layer = layer_of(node)
@@ -142,35 +226,46 @@ class Builder:
             place, past = place[:-2], place[-2:]
         weights = self.weights_of(layer)
         prefix = branch_prefix(layer, self.granularity)
-        some = self._picked(f"{prefix}some/", body, gate, hidden, place, past, weights)
+        if self.shape is None:
+            top = tape.Tape()
+            self.shape = top.op("Shape", [hidden], name="shape")
+            self.graph.insert_before(node, list(top.nodes))
+        before = tape.Tape()
+        gate = self._gate(before, layer, gate)
+        some = self._picked(f"{prefix}some/", body, before, gate, hidden, place, past, weights)
         none = self._skip(layer, body, hidden, place, past, weights)
         # Neither `If` is named like the branches' nodes: they run whatever is skipped.
         name = f"if.{prefix.rstrip('/')}"
+        either = tape.Tape()
+        handed = self.known.some[self._index(layer)]
+        anyone = either.op("Or", [anyone, handed], name=f"{name}.some")
         branches = conditional(anyone, some, none, f"{name}.any")
+        nodes = [*either.nodes, branches]
         if self.traced.contract.weights == "float":
             every = bound(body.execute, [hidden, *place, *past, *weights], f"{prefix}all/")
             self.graph.insert_before(node, before_branch(every, place, self.graph))
-            around = ir.Graph([], list(branches.outputs), nodes=[branches], name=f"{prefix}not_all")
+            around = ir.Graph([], list(branches.outputs), nodes=nodes, name=f"{prefix}not_all")
             branches = conditional(everyone, every, around, name)
+            nodes = [branches]
         # Else the rows are always picked: ONNX Runtime packs weights for the branches of the main
         # graph, not for theirs, and its products of rounded weights are slower without, and round
         # otherwise, so that a row would depend on the others in its batch. (Weights that are not
         # rounded are packed in both, see `own_weights`.)
-        self.graph.insert_before(node, branches)
+        self.graph.insert_before(node, nodes)
         substitute(self.graph, node, list(branches.outputs))
 
     def _picked(
         self,
         prefix: str,
         body: Body,
+        before: tape.Tape,
         gate: ir.Value,
         hidden: ir.Value,
         place: list[ir.Value],
         past: list[ir.Value],
         weights: list[ir.Value],
     ) -> ir.Graph:
-        """The body on the executing rows, put among what a skip gives."""
-        before = tape.Tape()
+        """The body on the executing rows, put among what a skip gives; ``before`` comes first."""
         rows = _numbers(before, gate)
 
         def taken(value: ir.Value) -> ir.Value:
@@ -193,7 +288,7 @@ class Builder:
         after = tape.Tape()
         base = hidden
         if self.granularity != "block":
-            base = after.op("ConstantOfShape", [after.op("Shape", [hidden])], {"value": self._zero})
+            base = after.op("ConstantOfShape", [self.shape], {"value": self._zero})
         if body.skip is not None:
             others = _numbers(after, after.op("Not", [gate]))
             left = after.op("Gather", [hidden, others], attributes={"axis": 0})
@@ -244,8 +339,7 @@ class Builder:
         if self.granularity == "block":
             output = skip.op("Identity", [hidden])
         else:
-            shape = skip.op("Shape", [hidden])
-            output = skip.op("ConstantOfShape", [shape], attributes={"value": self._zero})
+            output = skip.op("ConstantOfShape", [self.shape], attributes={"value": self._zero})
         return graph_of(skip, [output, *empty], name)
 
     def inline_sublayer(self, node: ir.Node) -> None:
@@ -385,7 +479,7 @@ def _numbers(into: tape.Tape, gate: ir.Value) -> ir.Value:
 
 def conditional(condition: ir.Value, then: ir.Graph, otherwise: ir.Graph, name: str) -> ir.Node:
     branches = {"then_branch": then, "else_branch": otherwise}
-    made = [ir.Value(name=f"{name}.{number}") for number in range(len(then.outputs))]
+    made = [ir.Value(name=f"{name}.{number}") for number in range(len(otherwise.outputs))]
     return ir.node("If", [condition], branches, outputs=made, name=name)
 
 

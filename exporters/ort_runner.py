@@ -68,6 +68,9 @@ class OrtRunner(Runner):
             raise ArtifactError(f"no graph at {folder / file}.", "Make it with: mskip export")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # Idle threads of a session go on spinning for some 60 ms after a call, and take the cores
+        # from whichever session is called next: two that took turns were half as fast.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         if profile is not None:

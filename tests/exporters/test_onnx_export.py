@@ -69,7 +69,8 @@ def attention_ifs(graph: GraphProto) -> dict[int, dict[str, GraphProto]]:
     for node in graph.node:
         if node.op_type == "If" and node.name.endswith(".attention"):
             outer = branches(node)
-            (inner,) = outer["else_branch"].node
+            *looked_up, inner = outer["else_branch"].node
+            assert [each.op_type for each in looked_up] == ["Or"]  # decided here, or handed in
             sides = branches(inner)
             found[int(node.name.split(".")[2])] = {
                 "every": outer["then_branch"],
@@ -180,7 +181,8 @@ def test_conditions_are_scalar_booleans(export: Exported) -> None:
     model = onnx.shape_inference.infer_shapes(load(export.folder), strict_mode=True)
     known = {value.name: value.type.tensor_type for value in model.graph.value_info}
     conditions = [known[n.input[0]] for n in model.graph.node if n.op_type == "If"]
-    assert len(conditions) == 2 * len(export.contract.routed_layers)  # attention and score
+    # Attention and score of each, which tokens are scored, and what was decided.
+    assert len(conditions) == 2 * len(export.contract.routed_layers) + 2
     for condition in conditions:
         assert condition.elem_type == TensorProto.BOOL
         assert condition.HasField("shape")
@@ -224,13 +226,30 @@ def test_a_decided_call_only_looks_its_decisions_up(export: Exported) -> None:
     assert len(decisions) == len(export.contract.routed_layers)
     for node in decisions:
         known = Counter(each.op_type for each in branches(node)["else_branch"].node)
-        assert set(known) <= {"Gather", "Identity", "Constant"}
+        del known["Constant"]
+        assert known == {"Gather": 1}
         # What the decision is taken from is fetched where it is taken.
         assert "Gather" in {each.op_type for each in branches(node)["then_branch"].node}
 
 
+def test_a_decided_call_repeats_what_it_was_given(export: Exported) -> None:
+    """Nothing is put together from the layers, where nothing was decided in them."""
+    graph = load(export.folder).graph
+    routed = len(export.contract.routed_layers)
+    (report,) = (node for node in graph.node if node.name == "if.reported")
+    assert list(report.output) == ["routing_out", "routing_scores"]
+    taken, given = (branches(report)[f"{side}_branch"].node for side in ("then", "else"))
+    assert Counter(node.op_type for node in taken)["Unsqueeze"] == 2 * routed
+    assert {node.op_type for node in given} == {"Identity", "Shape", "ConstantOfShape"}
+    (prompt,) = (node for node in graph.node if node.name == "if.prompt")
+    assert "Slice" in {node.op_type for node in branches(prompt)["then_branch"].node}
+    assert {node.op_type for node in branches(prompt)["else_branch"].node} == {"Constant"}
+
+
 def test_the_skipped_side_only_looks_at_shapes(export: Exported) -> None:
-    for sides in attention_ifs(load(export.folder).graph).values():
+    graph = load(export.folder).graph
+    shapes = {name for node in graph.node if node.op_type == "Shape" for name in node.output}
+    for sides in attention_ifs(graph).values():
         nodes = list(sides["none"].node)
         made = {name for node in nodes for name in node.output}
         assert {node.op_type for node in nodes} <= {
@@ -238,7 +257,7 @@ def test_the_skipped_side_only_looks_at_shapes(export: Exported) -> None:
         }  # fmt: skip
         for node in nodes:
             outer = [name for name in node.input if name not in made]
-            assert not outer or node.op_type == "Shape", node
+            assert shapes.issuperset(outer) or node.op_type == "Shape", node
             assert not any(name.startswith("past_key_values") for name in outer)
         # The one Identity gives the empty cache a second name.
         empty = {node.output[0] for node in nodes if node.op_type == "ConstantOfShape"}
