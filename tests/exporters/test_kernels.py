@@ -50,9 +50,10 @@ def test_profile_of_an_export(exported: Exported) -> None:
         nodes = [softmax[f"{name}_nodes"] for name in VARIANTS]
         assert nodes == [layers, layers, layers - routed]
         assert all(softmax[f"{name}_ms"] > 0 for name in VARIANTS)
-        # A decision and a sublayer each; where nothing executes, a second one says so.
+        # A decision and a sublayer each; where nothing executes, a second one says so. Two a call:
+        # which tokens are scored, and what was decided.
         conditionals = [rows[phase, "If"][f"{name}_nodes"] for name in VARIANTS]
-        assert conditionals == [0, 2 * routed, 3 * routed]
+        assert conditionals == [0, 2 * routed + 2, 3 * routed + 2]
     assert exported.run.report("profile", "")["rows"] == report["rows"]
 
 
