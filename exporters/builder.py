@@ -47,7 +47,6 @@ from mskip.exporters.weight_layout import fold_transposes, share_tied_head
 
 _SMALL = 16
 """Elements of a constant that says what a node does, such as the bounds of a slice."""
-_BOOLEAN = {"to": ir.DataType.BOOL}
 
 Weights = Callable[[int], dict[str, Tensor]]
 """Decoder layer -> what its body reads, by name; see `body_weights`."""
