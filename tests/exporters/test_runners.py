@@ -476,6 +476,19 @@ def test_a_tied_model_agrees(exported_tied: Exported) -> None:
             assert_same(a, b)
 
 
+def test_one_routed_layer_agrees(
+    make_exported: Callable[..., Exported], tiny_folder: Path, tmp_path: Path
+) -> None:
+    value = make_exported(tmp_path, tiny_folder, [2], [0.5], 20)
+    engine = OrtRunner(value.folder, threads=1)
+    some = MIXED[:, :1]
+    with TorchRunner(value.base, value.routers, value.contract) as reference:
+        for routing in (None, some, np.ones_like(some), np.zeros_like(some), some - 1):
+            one, other = (each.prefill(IDS, MASK, routing=routing) for each in (reference, engine))
+            for a, b in zip(decoded(one, reference), decoded(other, engine), strict=True):
+                assert_same(a, b)
+
+
 # -- opening and closing ----------------------------------------------------------------------
 
 
